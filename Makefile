@@ -1,0 +1,64 @@
+# One list of commands. `make help` shows them.
+export PYTHON
+# The tests start a hundred processes: where this is set, each compiles all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+BIN := .venv/bin
+
+.PHONY: all help lint types fast test conformance demo bench soak chaos fix cover wheel clean
+
+all: lint types fast  ## Lint, types and fast tests: under a minute
+
+help:  ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+.venv/.ready: requirements-dev.lock requirements-uv.lock scripts/bootstrap
+	scripts/bootstrap
+
+lint: .venv/.ready  ## Ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.ready  ## mypy --strict and pyright
+	$(BIN)/mypy src
+	$(BIN)/pyright
+
+fast: .venv/.ready  ## Unit and contract tests
+	$(BIN)/pytest -q -n 2 -m "not slow" tests/unit tests/contract
+
+test: .venv/.ready  ## All tests; those that need a server skip where there is none
+	$(BIN)/pytest -q -n 8 --dist loadfile --no-loadscope-reorder -m "not long"
+
+conformance: .venv/.ready  ## The AsyncioPool against Celery's own semantics, outages and shutdowns, on real servers
+	$(BIN)/pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m long
+
+bench: .venv/.ready  ## This package beside raw Celery, the published package, taskiq, arq and dramatiq: 20 minutes
+	$(BIN)/python benchmarks/bench.py --plot docs/performance.png
+
+soak: .venv/.ready  ## Ten minutes of load on one worker, every task accounted for
+	$(BIN)/python scripts/soak.py
+
+chaos: .venv/.ready  ## Kills and broker outages, more of them than the tests have
+	SPAKKY_TEST_OUTAGES=20 $(BIN)/pytest -q --timeout 1200 tests/acceptance/test_outages.py tests/acceptance/test_delivery.py
+
+demo: .venv/.ready  ## The quickstart, with a real worker and beat
+	$(BIN)/python examples/quickstart/run.py
+
+fix: .venv/.ready  ## Let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+cover: .venv/.ready  ## Branch coverage of the package, also in the workers that tests start, at least 95 %
+	rm -f .coverage .coverage.*
+	$(BIN)/coverage run -m pytest -q -n 2 -m "not long" tests/unit tests/contract tests/integration
+	$(BIN)/coverage run -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m long
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report --fail-under=95
+
+wheel: .venv/.ready  ## Build the wheel, and run the contract tests against it in a clean environment
+	scripts/check-wheel
+
+lock:  ## Pin the development environment anew
+	scripts/lock
+
+clean:  ## Remove what the other commands made
+	rm -rf .venv dist .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
