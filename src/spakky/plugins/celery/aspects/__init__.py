@@ -1,0 +1,1 @@
+"""Aspects that turn calls of ``@task`` methods into dispatches."""

@@ -1,0 +1,1 @@
+"""Values that the sending and the running side share."""

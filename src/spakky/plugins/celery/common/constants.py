@@ -1,0 +1,42 @@
+"""Owns the names that several sides must agree on, each written once; holds no behaviour."""
+
+from typing import Final
+
+__all__ = [
+    "APPLICATION_CONTEXT_ATTRIBUTE",
+    "ASYNCIO_POOL",
+    "ASYNC_BODY_ATTRIBUTE",
+    "BLOCKED_LOOP_SETTING",
+    "CELERY_TASK_CONTEXT_KEY",
+    "DEFAULT_CONCURRENCY",
+    "DEFAULT_CONCURRENCY_SETTING",
+    "HANDLER_POD_HEADER",
+    "WORKER_THREADS_SETTING",
+]
+
+CELERY_TASK_CONTEXT_KEY: Final = "__celery_task__"
+"""Context value that is true while a run is under way in this context."""
+
+HANDLER_POD_HEADER: Final = "spakky.celery.pod"
+"""Header that names the handler Pod to run on. Present only where one handler class has several Pods."""
+
+APPLICATION_CONTEXT_ATTRIBUTE: Final = "spakky_application_context"
+"""Attribute of our Celery tasks: the application context that they belong to."""
+
+ASYNC_BODY_ATTRIBUTE: Final = "spakky_async_body"
+"""Attribute of Celery tasks: true where the body is ``async def``."""
+
+ASYNCIO_POOL: Final = "spakky.plugins.celery.worker.pool:AsyncioPool"
+"""The pool that runs ``async def`` tasks on one event loop, as Celery's ``worker_pool`` setting takes it."""
+
+WORKER_THREADS_SETTING: Final = "spakky_worker_threads"
+"""Celery setting: sync tasks that an ``AsyncioPool`` runs at a time."""
+
+BLOCKED_LOOP_SETTING: Final = "spakky_blocked_loop_warning"
+"""Celery setting: seconds after which an ``AsyncioPool`` warns of a body that blocks the loop; 0 for never."""
+
+DEFAULT_CONCURRENCY: Final = 100
+"""``async def`` tasks that an ``AsyncioPool`` runs at a time unless it is told otherwise."""
+
+DEFAULT_CONCURRENCY_SETTING: Final = "spakky_default_concurrency"
+"""Celery setting: true where nobody chose ``worker_concurrency``, so that it is right for an ``AsyncioPool`` alone."""

@@ -1,0 +1,398 @@
+"""Owns the dispatch of a task: checks one call, builds one message, sends it. Runs no task."""
+
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, Final, cast, overload, override
+
+from amqp.serialization import dumps
+from celery import Celery
+from celery.result import AsyncResult
+from kombu.common import maybe_declare
+from kombu.entity import Queue
+from kombu.exceptions import EncodeError, KombuError
+from kombu.messaging import Producer
+from spakky.auth.ports import IAuthContextSnapshotSigner
+from spakky.auth.startup import AuthSnapshotPropagationConfig, effective_auth_snapshot_propagation_config
+from spakky.core.pod.annotations.pod import Pod
+from spakky.core.pod.interfaces.application_context import IApplicationContext
+from spakky.core.pod.interfaces.aware.application_context_aware import IApplicationContextAware
+from spakky.core.service.interfaces.service import IService
+from spakky.task.interfaces.task_result import ITaskResult
+from spakky.tracing.propagator import ITracePropagator
+
+from spakky.plugins.celery.auth import (
+    AuthPorts,
+    authorize_caller,
+    inject_auth_context_snapshot,
+    to_auth_metadata,
+)
+from spakky.plugins.celery.common.constants import HANDLER_POD_HEADER
+from spakky.plugins.celery.common.result_waiter import REDIS_MODULE, is_of
+from spakky.plugins.celery.common.task_catalog import TaskCatalog
+from spakky.plugins.celery.common.task_method import BoundTask, TaskMethod, to_bound_task
+from spakky.plugins.celery.common.task_result import CeleryTaskResult
+from spakky.plugins.celery.error import (
+    AmbiguousHandlerPodError,
+    AuthSnapshotPropagationSignerUnavailableError,
+    TaskDispatchFailedError,
+    TaskDispatchTimeoutError,
+    TaskMessageTooLargeError,
+    TaskNotEncodableError,
+    TaskNotRegisteredError,
+)
+from spakky.plugins.celery.producer_connections import ProducerConnections
+from spakky.plugins.celery.publisher import Publisher, PublishTimeoutError
+
+__all__ = ["PUBLISH_TIMEOUT_SETTING", "TaskDispatcher", "TaskSender"]
+
+PUBLISH_TIMEOUT_SETTING: Final = "spakky_publish_timeout"
+"""Celery setting, in seconds, that bounds a dispatch. ``CeleryConfig`` sets it; 10 s where nothing does."""
+
+_DEFAULT_PUBLISH_TIMEOUT_S: Final = 10.0
+_CELERY_HEADERS_RESERVE: Final = 16 * 1024
+"""Bytes of a header frame left to Celery's own headers, whose argument reprs it cuts at about 1 KiB each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Envelope:
+    """What one message needs besides its arguments, taken from the caller's thread and context."""
+
+    method: TaskMethod
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    headers: dict[str, str]
+    options: dict[str, object]
+    reply_queue: Queue | None
+    """Where rpc:// results of the caller's thread go."""
+    deadline: float
+    """Monotonic time after which the caller has been told that it failed, so that it must not be sent any more."""
+
+
+@dataclass(kw_only=True)
+class TaskSender:
+    """Sends tasks through one Celery app: one per application and process, or per aspect that was built by hand."""
+
+    celery: Celery
+    application_context: IApplicationContext | None = None
+    catalog: TaskCatalog | None = None
+    """None where an aspect was built by hand: then any task is sent, with a plain ``send_task``."""
+    signer: IAuthContextSnapshotSigner | None = None
+    propagation_config: AuthSnapshotPropagationConfig = field(default_factory=AuthSnapshotPropagationConfig)
+    propagator: ITracePropagator | None = None
+
+    def __post_init__(self) -> None:
+        """Make what threads share before there are threads."""
+        self._producers = ProducerConnections(self.celery, self._timeout_s)
+        self._publisher = Publisher(self._producers.limit if self.catalog is not None else 1)
+
+    def send(self, bound: BoundTask, args: tuple[object, ...], kwargs: dict[str, object]) -> CeleryTaskResult[Any]:
+        """Dispatch one call and block until the broker has it.
+
+        Raises:
+            AbstractTaskDispatchError: If nothing was sent; after TaskDispatchTimeoutError, and TaskDispatchFailedError
+                of a connection that was lost, that is unknown.
+            TaskCallerUnauthenticatedError: If the task is protected and the caller has no identity.
+            TaskAuthorizationDeniedError: If the caller's identity does not meet the task's requirements.
+            AuthSnapshotPropagationSignerUnavailableError: If the identity cannot be signed.
+        """
+        envelope = self._prepare(bound, args, kwargs)
+        try:
+            return self._to_handle(self._publisher.call(partial(self._publish, envelope), self._timeout_s))
+        except PublishTimeoutError:
+            raise self._to_timeout_error(envelope) from None
+
+    async def send_async(
+        self,
+        bound: BoundTask,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> CeleryTaskResult[Any]:
+        """Same as ``send``, but the event loop goes on meanwhile."""
+        envelope = self._prepare(bound, args, kwargs)
+        try:
+            result = await self._publisher.call_async(partial(self._publish, envelope), self._timeout_s)
+        except PublishTimeoutError:
+            raise self._to_timeout_error(envelope) from None
+        return self._to_handle(result)
+
+    def load(self) -> None:
+        """Import the libraries of broker and result back end, so that the first dispatch stalls no event loop."""
+        self._producers.load_transport()
+        _ = self.celery.backend
+
+    def close(self) -> None:
+        """Close the broker connections and let the publishing threads end. A later dispatch opens them again."""
+        self._publisher.close()
+        self._producers.close()
+
+    def _prepare(self, bound: BoundTask, args: tuple[object, ...], kwargs: dict[str, object]) -> _Envelope:
+        method = bound.method
+        if self.catalog is not None:
+            self.catalog.check_registered(method)
+        method.check_arguments(args, kwargs)
+        return _Envelope(
+            method=method,
+            args=args,
+            kwargs=kwargs,
+            headers=self._make_headers(bound),
+            options=self._make_options(),
+            reply_queue=self._find_reply_queue(),
+            deadline=time.monotonic() + self._timeout_s,
+        )
+
+    def _make_headers(self, bound: BoundTask) -> dict[str, str]:
+        headers: dict[str, str] = {}
+        if self.propagator is not None:
+            self.propagator.inject(headers)
+        if self.application_context is not None:
+            self._inject_identity(bound.method, headers, self.application_context)
+            self._name_pod(bound, headers, self.application_context)
+        return headers
+
+    def _inject_identity(self, method: TaskMethod, headers: dict[str, str], context: IApplicationContext) -> None:
+        metadata = to_auth_metadata(method)
+        if self.catalog is not None and metadata.protected:
+            authorize_caller(
+                application_context=context,
+                task_name=method.name,
+                auth_metadata=metadata,
+                ports=AuthPorts.from_context(context),
+            )
+        try:
+            inject_auth_context_snapshot(
+                headers,
+                application_context=context,
+                auth_snapshot_signer=self.signer,
+                auth_snapshot_propagation_config=self.propagation_config,
+            )
+        except AuthSnapshotPropagationSignerUnavailableError:
+            raise AuthSnapshotPropagationSignerUnavailableError(method.name) from None
+
+    def _name_pod(self, bound: BoundTask, headers: dict[str, str], context: IApplicationContext) -> None:
+        """Name the Pod where one handler class has several: the run must find the one that was called."""
+        if self.catalog is None or len(pods := self.catalog.pods_of(bound.method.handler)) <= 1:
+            return
+        for pod in pods:
+            if context.pods[pod].scope is not Pod.Scope.SINGLETON:
+                continue
+            candidate = to_bound_task(getattr(context.get(context.pods[pod].type_, pod), bound.method.attribute))
+            if candidate is not None and candidate.instance is bound.instance:
+                headers[HANDLER_POD_HEADER] = pod
+                return
+        raise AmbiguousHandlerPodError(bound.method.name, pods)
+
+    def _make_options(self) -> dict[str, object]:
+        """Read here what Celery reads from thread-local state, which the publishing thread does not have."""
+        if self.catalog is None:
+            return {}
+        options: dict[str, object] = {"reply_to": self.celery.thread_oid}
+        parent = self.celery.current_worker_task
+        if parent is not None:
+            request = parent.request
+            options |= {"root_id": request.root_id or request.id, "parent_id": request.id}
+            if self.celery.conf.task_inherit_parent_priority:
+                options["priority"] = request.delivery_info.get("priority")
+        return options
+
+    def _find_reply_queue(self) -> Queue | None:
+        if self.catalog is None or not str(self.celery.conf.result_backend or "").startswith("rpc"):
+            return None
+        return cast("Queue", self.celery.backend.binding)
+
+    def _to_handle(self, result: AsyncResult) -> CeleryTaskResult[Any]:
+        """Wrap a result, to be waited for over the connections of the caller's thread: Celery has some per thread."""
+        if isinstance(result, AsyncResult):
+            result.backend = self.celery.backend
+        return CeleryTaskResult(result)
+
+    def _publish(self, envelope: _Envelope) -> AsyncResult:
+        method = envelope.method
+        if self.catalog is None:
+            return self.celery.send_task(
+                method.name,
+                args=envelope.args,
+                kwargs=envelope.kwargs,
+                headers=envelope.headers,
+            )
+        try:
+            with self._producers.acquire(self._timeout_s) as producer:
+                return self._publish_with(producer, envelope)
+        except TaskDispatchTimeoutError:
+            raise
+        except (EncodeError, KombuError, OSError) as error:
+            raise self._to_dispatch_error(envelope, error) from error
+
+    def _publish_with(self, producer: Producer, envelope: _Envelope) -> AsyncResult:
+        options: dict[str, Any] = dict(envelope.options)
+        if self._producers.is_amqp:
+            self._check_header_size(producer, envelope)
+            options["confirm_timeout"] = self._timeout_s
+        if envelope.reply_queue is not None:
+            maybe_declare(envelope.reply_queue(producer.channel), retry=True)
+        if time.monotonic() > envelope.deadline:
+            raise self._to_timeout_error(envelope)
+        # Celery subscribes to the result before it publishes, so a result back end that is down fails every publish,
+        # after 19 s, even if nobody reads results. With ignore_result it does not, and the header takes it back for
+        # the worker. A waiting result subscribes by itself; only the reply queue of rpc:// must be there before.
+        result = self.celery.send_task(
+            envelope.method.name,
+            args=envelope.args,
+            kwargs=envelope.kwargs,
+            headers={**envelope.headers, "ignore_result": None},
+            ignore_result=True,
+            producer=producer,
+            add_to_parent=False,
+            **options,
+        )
+        result.ignored = False
+        return result
+
+    def _check_header_size(self, producer: Producer, envelope: _Envelope) -> None:
+        """Refuse headers over the frame limit: the broker drops such a message and closes the connection."""
+        limit = producer.channel.connection.frame_max - _CELERY_HEADERS_RESERVE
+        size = len(dumps("F", [envelope.headers]))
+        if size > limit:
+            raise TaskMessageTooLargeError(envelope.method.name, size, limit)
+
+    def _to_dispatch_error(self, envelope: _Envelope, error: Exception) -> Exception:
+        name = envelope.method.name
+        if isinstance(error, EncodeError):
+            return TaskNotEncodableError(name, self.celery.conf.task_serializer, str(error))
+        timed_out = isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError)
+        if timed_out or time.monotonic() >= envelope.deadline:  # redis-py's timeouts are no TimeoutError
+            return self._to_timeout_error(envelope)
+        reason = str(error) or type(error).__name__
+        return TaskDispatchFailedError(name, self._producers.broker, self._producers.mask(reason))
+
+    def _to_timeout_error(self, envelope: _Envelope) -> Exception:
+        broker = self._producers.broker if self.catalog is not None else ""
+        return TaskDispatchTimeoutError(envelope.method.name, broker, self._timeout_s)
+
+    @property
+    def _timeout_s(self) -> float:
+        if self.catalog is None:
+            return _DEFAULT_PUBLISH_TIMEOUT_S
+        return float(self.celery.conf.get(PUBLISH_TIMEOUT_SETTING) or _DEFAULT_PUBLISH_TIMEOUT_S)
+
+
+@Pod()
+class TaskDispatcher(IApplicationContextAware, IService):
+    """Dispatches tasks, anywhere: one per application context.
+
+    A ``@task`` method that is called inside a run executes inline. This Pod dispatches there too. It opens broker
+    connections at the first dispatch, and closes them when the application stops.
+    """
+
+    def __init__(self) -> None:
+        """Look nothing up: the container is still being built."""
+        self._application_context: IApplicationContext | None = None
+
+    @override
+    def set_application_context(self, application_context: IApplicationContext) -> None:
+        """Keep the context that the Celery app and the signer are looked up in, at the first dispatch."""
+        self._application_context = application_context
+
+    @overload
+    def dispatch[**P, R](
+        self,
+        method: Callable[P, Coroutine[Any, Any, R]],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> ITaskResult[R]: ...
+
+    @overload
+    def dispatch[**P, R](self, method: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> ITaskResult[R]: ...
+
+    def dispatch(self, method: Callable[..., object], /, *args: object, **kwargs: object) -> ITaskResult[Any]:
+        """Dispatch a task method of a handler and block until the broker has it.
+
+        Args:
+            method: A ``@task`` method, taken from a handler Pod.
+            *args: The method's own arguments.
+            **kwargs: The method's own keyword arguments.
+
+        Raises:
+            AbstractTaskDispatchError: As ``TaskSender.send`` does; TaskNotRegisteredError if this is no task method.
+        """
+        return self.sender.send(_to_task(method), args, kwargs)
+
+    @overload
+    async def dispatch_async[**P, R](
+        self,
+        method: Callable[P, Coroutine[Any, Any, R]],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> ITaskResult[R]: ...
+
+    @overload
+    async def dispatch_async[**P, R](
+        self,
+        method: Callable[P, R],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> ITaskResult[R]: ...
+
+    async def dispatch_async(
+        self,
+        method: Callable[..., object],
+        /,
+        *args: object,
+        **kwargs: object,
+    ) -> ITaskResult[Any]:
+        """Same as ``dispatch``, but the event loop goes on meanwhile."""
+        return await self.sender.send_async(_to_task(method), args, kwargs)
+
+    @override
+    def set_stop_event(self, stop_event: threading.Event) -> None:
+        """Ignore the event: there is no loop here to stop."""
+
+    @override
+    def start(self) -> None:
+        """Load what a dispatch needs, and open nothing: a process that never dispatches needs no connection."""
+        self.sender.load()
+
+    @override
+    def stop(self) -> None:
+        """Close the connections to the broker and to a Redis result back end, where any were opened."""
+        if "sender" in vars(self):
+            self.sender.close()
+        _close_result_connections(cast("IApplicationContext", self._application_context).get(Celery).backend)
+
+    @cached_property
+    def sender(self) -> TaskSender:
+        """The sender over this application's Celery app, made at the first dispatch."""
+        context = cast("IApplicationContext", self._application_context)
+        return TaskSender(
+            celery=context.get(Celery),
+            application_context=context,
+            catalog=context.get(TaskCatalog),
+            signer=context.get_or_none(IAuthContextSnapshotSigner),  # type: ignore[type-abstract]  # a port is looked up by its interface
+            propagation_config=effective_auth_snapshot_propagation_config(
+                tuple(
+                    config
+                    for config in context.find(lambda pod: pod.type_ is AuthSnapshotPropagationConfig)
+                    if isinstance(config, AuthSnapshotPropagationConfig)
+                ),
+            ),
+            propagator=context.get_or_none(ITracePropagator),  # type: ignore[type-abstract]  # the same
+        )
+
+
+def _to_task(method: Callable[..., object]) -> BoundTask:
+    bound = to_bound_task(method)
+    if bound is None or not bound.method.is_task:
+        raise TaskNotRegisteredError(getattr(method, "__qualname__", repr(method)))
+    return bound
+
+
+def _close_result_connections(backend: Any) -> None:
+    """Close this thread's connections to Redis; Celery leaves that to the garbage collector."""
+    if is_of(backend, REDIS_MODULE) and "client" in vars(backend):
+        backend.result_consumer.stop()
+        backend.client.connection_pool.disconnect()

@@ -1,0 +1,183 @@
+"""Owns one run of one task in a worker: context, trace, identity, handler, call, clean-up. Sends nothing."""
+
+from collections.abc import Awaitable
+from contextvars import Context, copy_context
+from inspect import isawaitable
+from logging import getLogger
+from typing import Any, Final
+
+from celery import Task
+from spakky.auth.constants import AUTH_CONTEXT_SNAPSHOT_METADATA_KEY
+from spakky.auth.error import AuthRequirementDeniedError
+from spakky.core.pod.interfaces.application_context import IApplicationContext
+from spakky.core.pod.interfaces.container import NoUniquePodError
+from spakky.tracing.context import TraceContext
+from spakky.tracing.propagator import ITracePropagator
+
+from spakky.plugins.celery.auth import (
+    AuthPorts,
+    is_retryable_auth_failure,
+    seed_and_authorize_celery_task,
+    seed_auth_context,
+    to_auth_metadata,
+)
+from spakky.plugins.celery.common.constants import (
+    APPLICATION_CONTEXT_ATTRIBUTE,
+    CELERY_TASK_CONTEXT_KEY,
+    HANDLER_POD_HEADER,
+)
+from spakky.plugins.celery.common.run_key import key_by_run
+from spakky.plugins.celery.common.task_body import run_awaitable
+from spakky.plugins.celery.common.task_catalog import TaskCatalog
+from spakky.plugins.celery.common.task_loop import TaskLoop
+from spakky.plugins.celery.common.task_method import TaskMethod
+from spakky.plugins.celery.error import AmbiguousHandlerPodError, TaskAuthorizationDeniedError
+
+__all__ = ["TaskExecution", "release_traceback"]
+
+logger = getLogger(__name__)
+
+_TRACEPARENT: Final = "traceparent"
+_INVALID_TRACE_VERSION: Final = "ff"
+_RETRY_GROWTH: Final = 3
+
+
+class TaskExecution:
+    """Runs the tasks of one application: one per application context, used by every thread of a worker process."""
+
+    def __init__(self, application_context: IApplicationContext, catalog: TaskCatalog, ports: AuthPorts | None) -> None:
+        """Keep what runs need.
+
+        Args:
+            application_context: The container that handlers are resolved from, once per run.
+            catalog: Says which Pods a handler class has.
+            ports: Providers to authorize with; None to look them up in the container, once per run.
+        """
+        self._application_context = application_context
+        self._catalog = catalog
+        self._ports = ports
+
+    def run(self, task: Task, method: TaskMethod, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        """Run a task's body with every aspect around it, in a context of its own, and return what it returned.
+
+        Args:
+            task: The Celery task, whose ``request`` has the headers of the message.
+            method: What to run.
+            args: Arguments as they came from the wire.
+            kwargs: Keyword arguments as they came from the wire.
+
+        Raises:
+            celery.exceptions.Retry: If an authorization provider failed.
+            TaskAuthorizationDeniedError: If the identity does not meet the requirements of the task, or of what it
+                calls.
+            TaskArgumentsError: If the arguments do not fit the method.
+        """
+        context = copy_context()
+        try:
+            context.run(self._enter, task, method)
+            outcome: object = context.run(self._call, task, method, args, kwargs)
+            return self._wait_for(outcome, task, method, context) if isawaitable(outcome) else outcome
+        except AuthRequirementDeniedError as error:
+            if isinstance(error, TaskAuthorizationDeniedError) or error.decision is None:
+                raise  # never `raise error from error`: the chain of causes would lead back to itself
+            # The decision would not travel with the host's error, whose args are empty.
+            raise TaskAuthorizationDeniedError.from_decision(method.name, error.decision) from error
+        finally:
+            context.run(self._end)
+
+    def _enter(self, task: Task, method: TaskMethod) -> None:
+        """Prepare the context. A provider that fails here is asked again later: the body has not begun."""
+        self._application_context.clear_context()
+        self._application_context.set_context_value(CELERY_TASK_CONTEXT_KEY, True)  # noqa: FBT003  # the host's signature
+        headers = task.request.headers or {}
+        self._enter_trace(headers)
+        try:
+            self._authorize(method, headers)
+        except AuthRequirementDeniedError as error:
+            if not is_retryable_auth_failure(error):
+                raise
+            countdown = task.default_retry_delay * _RETRY_GROWTH**task.request.retries
+            raise task.retry(exc=error, countdown=countdown) from error
+
+    def _call(self, task: Task, method: TaskMethod, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+        """Call the method; what it returns may have to be awaited in the same context."""
+        method.check_arguments(args, kwargs)
+        positional, keywords = method.to_positional(args, kwargs)
+        handler = self._resolve(method, (task.request.headers or {}).get(HANDLER_POD_HEADER))
+        return getattr(handler, method.attribute)(*positional, **keywords)
+
+    def _wait_for(self, awaitable: Awaitable[object], task: Task, method: TaskMethod, context: Context) -> object:
+        key_by_run()
+        key_by_run(task.request_stack)
+        found = self._application_context.get_or_none(TaskLoop)
+        return run_awaitable(method.name, awaitable, context, None if found is None else found.loop)
+
+    def _end(self) -> None:
+        """Leave nothing behind, neither here nor in contexts that the body copied and that outlive it."""
+        self._application_context.set_context_value(CELERY_TASK_CONTEXT_KEY, False)  # noqa: FBT003  # the host's signature
+        self._application_context.clear_context()
+
+    def _enter_trace(self, headers: dict[str, object]) -> None:
+        """Continue the caller's trace; what cannot be continued starts a new one."""
+        propagator = self._application_context.get_or_none(ITracePropagator)  # type: ignore[type-abstract]  # looked up by its interface
+        parent = None if propagator is None else _extract(propagator, headers)
+        TraceContext.set(TraceContext.new_root() if parent is None else parent.child())
+
+    def _authorize(self, method: TaskMethod, headers: dict[str, str]) -> None:
+        metadata = to_auth_metadata(method)
+        if not metadata.protected and AUTH_CONTEXT_SNAPSHOT_METADATA_KEY not in headers:
+            return
+        ports = self._ports or AuthPorts.from_context(self._application_context)
+        if not metadata.protected:
+            seed_auth_context(
+                application_context=self._application_context,
+                task_name=method.name,
+                headers=headers,
+                snapshot_verifier=ports.snapshot_verifier,
+            )
+            return
+        seed_and_authorize_celery_task(
+            application_context=self._application_context,
+            task_name=method.name,
+            headers=headers,
+            auth_metadata=metadata,
+            snapshot_verifier=ports.snapshot_verifier,
+            authorization_policy_evaluator=ports.authorization_policy_evaluator,
+            permission_checker=ports.permission_checker,
+            relation_checker=ports.relation_checker,
+            role_checker=ports.role_checker,
+            scope_checker=ports.scope_checker,
+        )
+
+    def _resolve(self, method: TaskMethod, named: object) -> object:
+        pod = self._catalog.pod_for(method, named)
+        if pod is not None:
+            return self._application_context.get(self._application_context.pods[pod].type_, pod)
+        try:
+            return self._application_context.get(method.handler)
+        except NoUniquePodError:
+            raise AmbiguousHandlerPodError(method.name, self._catalog.pods_of(method.handler)) from None
+
+
+def release_traceback(sender: Task, retval: object, **_: object) -> None:
+    """Let go of what a failed run's frames hold, once Celery has reported it: receiver of ``task_postrun``.
+
+    A prefork child keeps its last result until the next one, and with the traceback the handler and all that the run
+    created in its context. Tasks of other origin are left alone.
+    """
+    if not hasattr(sender, APPLICATION_CONTEXT_ATTRIBUTE):
+        return
+    while isinstance(retval, BaseException) and retval.__traceback__ is not None:  # a chain may lead back to itself
+        retval.__traceback__ = None
+        retval = retval.__cause__ or retval.__context__
+
+
+def _extract(propagator: ITracePropagator, headers: dict[str, object]) -> TraceContext | None:
+    carrier = {name: value for name in propagator.fields() if isinstance(value := headers.get(name), str)}
+    if carrier.get(_TRACEPARENT, "").strip().startswith(_INVALID_TRACE_VERSION):
+        return None  # W3C forbids version ff, which the host's propagator takes
+    try:
+        return propagator.extract(carrier)
+    except Exception:  # a propagator of the application's own must not cost the task
+        logger.warning("Trace headers could not be read; a new trace is started", exc_info=True)
+        return None

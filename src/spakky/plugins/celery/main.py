@@ -1,0 +1,60 @@
+"""Owns the composition: the one list of what the plugin registers. Behaves in no way itself."""
+
+from celery import Celery
+from spakky.core.application.application import SpakkyApplication
+from spakky.core.pod.annotations.lazy import Lazy
+from spakky.core.pod.annotations.pod import Pod
+
+from spakky.plugins.celery.aspects.task_dispatch import AsyncCeleryTaskDispatchAspect, CeleryTaskDispatchAspect
+from spakky.plugins.celery.common.config import CeleryConfig
+from spakky.plugins.celery.common.customizer import CeleryCustomizer
+from spakky.plugins.celery.common.task_catalog import TaskCatalog
+from spakky.plugins.celery.common.task_loop import TaskLoop
+from spakky.plugins.celery.dispatch import PUBLISH_TIMEOUT_SETTING, TaskDispatcher
+from spakky.plugins.celery.post_processor import CeleryPostProcessor
+
+__all__ = ["celery_app", "initialize"]
+
+
+@Lazy()  # type: ignore[arg-type]  # the host types it for classes and reads it from functions too
+@Pod(name="celery_app")
+def celery_app(config: CeleryConfig, customizers: tuple[CeleryCustomizer, ...] = ()) -> Celery:
+    """Make the plugin's own Celery app: one per application context, never Celery's ``current_app``.
+
+    Lazy, so that an application with a Celery Pod of its own needs no broker URL for this one.
+
+    Args:
+        config: The settings.
+        customizers: Called with the app, configured and not yet finalized, in the order of their Pod names.
+
+    Returns:
+        The app.
+    """
+    celery = Celery(
+        main=config.app_name,
+        broker=config.broker_url,
+        backend=config.result_backend,
+        set_as_current=False,
+    )
+    celery.conf.update(config.celery_settings())
+    celery.conf[PUBLISH_TIMEOUT_SETTING] = config.publish_timeout.total_seconds()
+    for customizer in customizers:
+        customizer.customize(celery)
+    return celery
+
+
+def initialize(app: SpakkyApplication) -> None:
+    """Register the plugin with an application; called by ``load_plugins()``.
+
+    Args:
+        app: The application, not started yet.
+    """
+    if not app.container.contains(Celery):
+        app.add(CeleryConfig)
+        app.add(celery_app)
+    app.add(TaskCatalog)
+    app.add(TaskLoop)
+    app.add(TaskDispatcher)
+    app.add(CeleryPostProcessor)
+    app.add(CeleryTaskDispatchAspect)
+    app.add(AsyncCeleryTaskDispatchAspect)

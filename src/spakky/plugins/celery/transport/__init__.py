@@ -1,0 +1,1 @@
+"""Transports for kombu, usable without the rest of this package."""

@@ -1,0 +1,394 @@
+"""Owns the Redis transport: takes messages by the batch, straight into ``unacked``, in kombu's keys and formats.
+
+kombu's own transport pops one message at a time and stores it in ``unacked`` with a second command, so that a worker
+which is killed in between loses it. Here one script does both, for as many messages as the worker may prefetch. Stock
+workers, clients and tools share the queues with it: ``_TAKE`` writes what kombu's ``QoS.append`` writes.
+"""
+
+import logging
+import time
+from collections import defaultdict, deque
+from typing import Any, ClassVar, Final, override
+
+import redis
+from kombu.transport import redis as stock
+from kombu.transport import virtual
+from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import loads
+from kombu.utils.scheduling import priority_cycle
+
+from spakky.plugins.celery.common.broker_url import has_tls_scheme
+
+__all__ = ["Channel", "QoS", "Transport"]
+
+logger = logging.getLogger(__name__)
+
+_BATCH: Final = 50
+"""Most messages that are taken at once: a worker's loop does nothing else while it accepts them."""
+
+_REFUSED_S: Final = 1.0
+"""Time between two looks at queues that Redis does not let this user, or anybody, wait on."""
+
+_TAKE: Final = """
+local limit, now, width = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
+local taken, count = {}, 0
+for first = 3, #KEYS, width do
+  local found = true
+  while found and count < limit do
+    found = false
+    for key = first, first + width - 1 do
+      local raw = count < limit and redis.call('RPOP', KEYS[key])
+      if raw then
+        found = true
+        count = count + 1
+        local ok, message = pcall(cjson.decode, raw)
+        local properties = ok and type(message) == 'table' and message.properties
+        local tag = type(properties) == 'table' and properties.delivery_tag
+        local delivery = type(properties) == 'table' and properties.delivery_info
+        if type(tag) == 'string' and type(delivery) == 'table' then
+          redis.call('ZADD', KEYS[2], now, tag)
+          local route = cjson.encode(delivery.exchange) .. ',' .. cjson.encode(delivery.routing_key)
+          redis.call('HSET', KEYS[1], tag, '[' .. raw .. ',' .. route .. ']')
+          taken[2 * count - 1] = key - 2
+        else
+          redis.call('LPUSH', KEYS[key] .. '.undecodable', raw)
+          taken[2 * count - 1] = 2 - key
+        end
+        taken[2 * count] = raw
+      end
+    end
+  end
+end
+return taken
+"""
+"""Moves up to ARGV[1] messages from the lists KEYS[3..] into ``unacked`` KEYS[1] and its index KEYS[2].
+
+The lists are ordered as BRPOP would try them; among ARGV[3] neighbours one is taken from each in turn. The answer
+alternates the number of a list with a message. One that no worker could ever read is moved aside, its list negative.
+"""
+
+
+class QoS(stock.QoS):
+    """Acknowledges what was finished in one turn of the hub with one command."""
+
+    _left: ClassVar[defaultdict[tuple[object, ...], deque[str]]] = defaultdict(deque)
+    """Acknowledgements that a lost connection has left undone; the next connection to that server sends them."""
+
+    channel: "Channel"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._acked = self._left[self.channel.server]
+
+    @override
+    def append(self, message: Any, delivery_tag: str) -> None:
+        if self.channel.is_stored:
+            virtual.QoS.append(self, message, delivery_tag)
+        else:
+            super().append(message, delivery_tag)
+
+    @override
+    def ack(self, delivery_tag: str) -> None:
+        if not self.channel.flushes:
+            super().ack(delivery_tag)
+            return
+        self._acked.append(delivery_tag)
+        virtual.QoS.ack(self, delivery_tag)
+
+    def flush(self) -> None:
+        """Remove from Redis what was acknowledged.
+
+        Raises:
+            redis.exceptions.RedisError: If Redis cannot be reached; the acknowledgements are kept.
+        """
+        tags = tuple(self._acked)
+        if not tags:
+            return
+        with self.pipe_or_acquire() as pipe:
+            pipe.zrem(self.unacked_index_key, *tags).hdel(self.unacked_key, *tags).execute()
+        for _ in tags:
+            self._acked.popleft()
+
+    @override
+    def restore_unacked_once(self, stderr: Any = None) -> None:
+        try:
+            self.flush()
+        except self.channel.connection_errors:
+            logger.warning("%d acknowledgements wait for the next connection to Redis", len(self._acked))
+        super().restore_unacked_once(stderr)
+
+
+class Channel(stock.Channel):
+    """Takes messages by the batch, and waits on its queues without taking any."""
+
+    QoS = QoS
+
+    connection: Any
+    _brpop_sent_at: Any
+    _in_poll: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.is_stored = False
+        """Whether the message that is delivered is in ``unacked`` already."""
+        self._sync_client: Any = None
+        self._unacknowledged: set[str] = set()
+        self._limit = 0
+        self._lists: list[str] = []
+        self._watches: dict[str, _Watch] = {}
+        self._watch_pool: Any = None
+        self._is_drained = False
+        self._watch_from = 0.0
+        super().__init__(*args, **kwargs)
+
+    @property
+    def server(self) -> tuple[object, ...]:
+        """What tells one set of ``unacked`` messages from another."""
+        parameters = self.pool.connection_kwargs
+        place = (parameters.get(name) for name in ("host", "port", "path", "db"))
+        return (*place, self.global_keyprefix, self.unacked_key)
+
+    @property
+    def flushes(self) -> bool:
+        """Whether acknowledgements are sent at the next turn of a hub."""
+        return self.connection is not None and self.connection.has_hub and not self.closed
+
+    def flush_acknowledgements(self) -> None:
+        """Send the acknowledgements of this turn of the hub."""
+        if self._qos is not None and isinstance(self._qos, QoS):
+            self._qos.flush()
+
+    @override
+    def basic_consume(self, queue: str, no_ack: bool, *args: Any, **kwargs: Any) -> Any:
+        if no_ack:
+            self._unacknowledged.add(queue)
+        return super().basic_consume(queue, no_ack, *args, **kwargs)
+
+    @override
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        # kombu makes a client for each block of commands, which takes longer than the commands.
+        if asynchronous:
+            return super()._create_client(asynchronous=True)
+        if self._sync_client is None or self._sync_client.connection_pool is not self.pool:
+            self._sync_client = super()._create_client()
+        return self._sync_client
+
+    @override
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        if not self.ack_emulation or self._unacknowledged.intersection(self.active_queues):
+            super()._brpop_start(timeout)
+        elif self._is_drained:
+            self._watch()
+        else:
+            self._take()
+
+    @override
+    def _brpop_read(self, **options: Any) -> Any:
+        if not self._limit:
+            return super()._brpop_read(**options)
+        limit, self._limit = self._limit, 0
+        try:
+            taken = self._read(self.client, "EVAL")
+        finally:
+            self._in_poll = None
+            self._flush_brpop_reauth()
+        self._is_drained = len(taken) < 2 * limit
+        pairs = zip(taken[::2], taken[1::2], strict=True)
+        messages = deque((self._lists[abs(place) - 1], place > 0, raw) for place, raw in pairs)
+        self._deliver_batch(messages)
+        return bool(taken)
+
+    def _take(self) -> None:
+        self._lists = self._queue_lists()
+        estimate = self.qos.can_consume_max_estimate()
+        self._limit = _BATCH if estimate is None else min(_BATCH, estimate)
+        is_fair = not isinstance(self._queue_cycle, priority_cycle)
+        width = len(self._lists) // len(self.priority_steps) if is_fair else 1
+        keys = [self.global_keyprefix + key for key in (self.unacked_key, self.unacked_index_key, *self._lists)]
+        self._in_poll = self.client.connection
+        self._brpop_sent_at = time.monotonic()
+        self._in_poll.send_command("EVAL", _TAKE, len(keys), *keys, self._limit, time.time(), width)
+
+    def _queue_lists(self) -> list[str]:
+        queues = self._queue_cycle.consume(len(self.active_queues))
+        return [self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]
+
+    def _deliver_batch(self, messages: "deque[tuple[str, bool, bytes]]") -> None:
+        qos: Any = self.qos
+        try:
+            while messages:
+                key, is_readable, raw = messages.popleft()
+                queue = key.rsplit(self.sep, 1)[0]
+                self._queue_cycle.rotate(queue)
+                if is_readable:
+                    self._deliver_stored(loads(bytes_to_str(raw)), queue)
+                else:
+                    logger.error("A message of %d bytes is none of kombu's: moved to %s.undecodable", len(raw), key)
+        finally:
+            for _, is_readable, raw in messages:  # what was accepted last has ended the worker
+                if is_readable:
+                    qos.restore_by_tag(loads(bytes_to_str(raw))["properties"]["delivery_tag"], leftmost=True)
+
+    def _deliver_stored(self, message: dict[str, Any], queue: str) -> None:
+        self.is_stored = True
+        try:
+            self.connection._deliver(message, queue)  # noqa: SLF001  # kombu's transports are made of such parts
+        finally:
+            self.is_stored = False
+
+    def _watch(self) -> None:
+        """Have Redis tell when a message comes, of any priority."""
+        if self.is_refused:
+            return
+        for key in self._queue_lists():
+            watch = self._watches.get(key)
+            if watch is None:
+                watch = self._watches[key] = _Watch(self, key)
+            watch.start(self.brpop_timeout or 0)
+
+    @property
+    def watch_pool(self) -> Any:
+        """Connections for watches: as many as there are lists."""
+        if self._watch_pool is None:
+            parameters = {**self._connparams(asynchronous=True), "max_connections": None}
+            self._watch_pool = redis.ConnectionPool(**parameters)
+        return self._watch_pool
+
+    def end_watch(self, watch: "_Watch") -> None:
+        """Read the answer of a watch."""
+        watch.sent_at = None
+        try:
+            found = self._read(watch, "BLMOVE")
+        except self.ResponseError as error:
+            # Such as a server that is out of memory: nobody can write then, but what is there can be taken.
+            if not self._watch_from:
+                logger.warning("Redis cannot be waited on, and is asked each second: %s", error)
+            self._watch_from = time.monotonic() + _REFUSED_S
+            found = True
+        if found is not None:
+            self._is_drained = False
+
+    def _read(self, client: Any, command: str) -> Any:
+        try:
+            return self.client.parse_response(client.connection, command)
+        except self.connection_errors:
+            client.connection.disconnect()
+            raise
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether Redis has refused to be waited on a moment ago."""
+        return self._is_drained and time.monotonic() < self._watch_from
+
+    def drop_overdue_watches(self) -> None:
+        """Close connections on which an answer is overdue: their server is gone without a word."""
+        for watch in self._watches.values():
+            if not self.brpop_timeout or not self.health_check_interval or watch.sent_at is None:
+                continue
+            waited_s = time.monotonic() - watch.sent_at
+            if waited_s > self.brpop_timeout + self.health_check_interval and not watch.connection.can_read(timeout=0):
+                logger.warning("Redis got no reply for %.0f seconds; its connection is dropped", waited_s)
+                watch.connection.disconnect()
+
+    @override
+    def _poll_error(self, type: Any, **options: Any) -> None:
+        if isinstance(type, _Watch):
+            self.end_watch(type)
+        else:
+            super()._poll_error(type, **options)
+
+    @override
+    def _on_connection_disconnect(self, connection: Any) -> None:
+        for watch in self._watches.values():
+            if watch.connection is connection:
+                watch.sent_at = None
+        super()._on_connection_disconnect(connection)
+
+    @override
+    def _disconnect_pools(self) -> None:
+        super()._disconnect_pools()
+        watches, self._watches = self._watches, {}
+        for watch in watches.values():
+            watch.connection.disconnect()
+        self._watch_pool = None
+
+
+class _Watch:
+    """A connection that answers when a list has a message: BLMOVE from the end of a list to its end moves nothing.
+
+    kombu's poller takes it for one of its clients.
+    """
+
+    def __init__(self, channel: Channel, key: str) -> None:
+        self._channel = channel
+        self._key = channel.global_keyprefix + key
+        self.connection_pool = channel.watch_pool
+        self.connection = self.connection_pool.get_connection()
+        self.sent_at: float | None = None
+
+    def start(self, timeout_s: float) -> None:
+        """Wait so long for a message, unless it waits already."""
+        if self.sent_at is not None:
+            return
+        self._channel.connection.cycle.register_watch(self._channel, self)
+        self.connection.send_command("BLMOVE", self._key, self._key, "RIGHT", "RIGHT", timeout_s)
+        self.sent_at = time.monotonic()
+
+
+class _Poller(stock.MultiChannelPoller):
+    """Sends acknowledgements before it takes more, and knows watches."""
+
+    @override
+    def on_poll_start(self) -> None:
+        for channel in self._channels:
+            channel.flush_acknowledgements()
+        super().on_poll_start()
+
+    @override
+    def on_readable(self, fileno: int) -> None:
+        channel, type_ = self._fd_to_chan.get(fileno, (None, None))
+        if isinstance(type_, _Watch):
+            channel.end_watch(type_)
+        else:
+            super().on_readable(fileno)
+
+    @override
+    def get(self, callback: Any, timeout: float | None = None) -> Any:
+        if any(channel.is_refused for channel in self._channels):  # nothing else would end this in time
+            timeout = _REFUSED_S if timeout is None else min(timeout, _REFUSED_S)
+        return super().get(callback, timeout)
+
+    def register_watch(self, channel: Channel, watch: _Watch) -> None:
+        """Look after a watch's connection, which is opened when it is not."""
+        ident = channel, watch, watch
+        if watch.connection._sock is None or ident not in self._chan_to_sock:  # noqa: SLF001  # as kombu's poller does
+            self._register(*ident)
+
+    @override
+    def maybe_check_brpop_health(self) -> None:
+        super().maybe_check_brpop_health()
+        for channel in self._channels:
+            channel.drop_overdue_watches()
+
+
+class Transport(stock.Transport):
+    """Redis, for ``spakky-redis://`` and ``spakky-rediss://`` URLs, or as Celery's ``broker_transport``.
+
+    Needs Redis 6.2 or later. A worker holds one connection for each priority of each of its queues, beside kombu's.
+    ``spakky-rediss`` verifies the server's certificate unless told otherwise.
+    """
+
+    Channel = Channel
+
+    has_hub = False
+    """Whether a worker's hub turns for this connection."""
+
+    def __init__(self, client: Any, **kwargs: Any) -> None:
+        if has_tls_scheme(f"{client.transport_cls}://") and not client.ssl:
+            client.ssl = {"ssl_cert_reqs": "required"}
+        super().__init__(client, **kwargs)
+        self.cycle: Any = _Poller()
+
+    @override
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        self.has_hub = True
+        super().register_with_event_loop(connection, loop)

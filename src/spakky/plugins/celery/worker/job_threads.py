@@ -1,0 +1,54 @@
+"""Owns the threads in which an ``AsyncioPool`` has things done; knows nothing of tasks."""
+
+import logging
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+
+__all__ = ["JobThreads"]
+
+logger = logging.getLogger(__name__)
+
+
+class JobThreads:
+    """Does jobs in the order in which they were put; in a single thread, greenlets that jobs start go on in later ones.
+
+    Daemon threads, unlike those of an executor: a worker that is told to give up its tasks does not wait for them.
+    """
+
+    def __init__(self, name: str, count: int = 1) -> None:
+        """Start the threads."""
+        self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._busy = 0
+        self._threads = [threading.Thread(target=self._work, name=f"{name}-{n}", daemon=True) for n in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def __len__(self) -> int:
+        """About as many jobs as wait or are being done."""
+        return self._jobs.qsize() + self._busy
+
+    def put(self, job: Callable[[], object]) -> None:
+        """Have a job done, after those that were put before; from any thread."""
+        self._jobs.put(job)
+
+    def stop(self) -> None:
+        """End each thread after the jobs that were put; returns at once."""
+        for _ in self._threads:
+            self._jobs.put(None)
+
+    def join(self) -> None:
+        """Wait for the threads to end."""
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            self._busy += 1
+            try:
+                job()
+            except BaseException:  # one job must not end all others
+                logger.critical("A task could not be accounted for", exc_info=True)
+            finally:
+                self._busy -= 1
+            del job  # not kept until the next one comes
