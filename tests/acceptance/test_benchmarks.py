@@ -1,0 +1,28 @@
+"""The short form of ``make bench``: that it measures, not how fast anything is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.brokers import REDIS_URL, require_server
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+
+BENCH = Path(__file__).parents[2] / "benchmarks" / "bench.py"
+
+
+def test_one_round_of_one_peer(tmp_path: Path) -> None:
+    """Every figure is there."""
+    require_server(REDIS_URL, "SPAKKY_TEST_REDIS_URL", 6379)
+    output = tmp_path / "results.json"
+    options = ["--rounds", "1", "--tasks", "50", "--peers", "spakky", "--brokers", "redis", "--output", str(output)]
+    command = [sys.executable, str(BENCH), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(output.read_text())["rows"]
+    figures = {name: value for name, value in row.items() if name not in {"broker", "peer"}}
+    assert all(value > 0 for value in figures.values()), figures
+    assert "| spakky |" in done.stdout

@@ -1,0 +1,261 @@
+"""What a killed worker does to its tasks, on real brokers."""
+
+import json
+import os
+import random
+import signal
+from base64 import b64decode
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from billiard.exceptions import WorkerLostError
+from kombu import Connection
+from spakky.core.application.application import SpakkyApplication
+
+from support.brokers import Broker, make_broker
+from support.delivery_app import Killer, create_app
+from support.fixtures import celery_of, client_of, drop_queue, read_events
+from support.probe import Calls
+from support.processes import READY, Process, wait_until, worker_command
+
+pytestmark = pytest.mark.slow
+
+REDELIVERY = {"SPAKKY_CELERY__VISIBILITY_TIMEOUT": "2"}
+"""Lets Redis give a message that nobody acknowledged to another worker soon. AMQP brokers do so at once."""
+
+
+def isolate(broker: Broker) -> Broker:
+    """Give a Redis broker's unacknowledged messages a place of their own.
+
+    By default all applications of one Redis database share that place, so that a worker with a short visibility timeout
+    delivers what a worker of another application runs.
+    """
+    if broker.kind != "redis":
+        return broker
+    options = {
+        "unacked_key": f"{broker.app_name}.unacked",
+        "unacked_index_key": f"{broker.app_name}.unacked_index",
+        "unacked_mutex_key": f"{broker.app_name}.unacked_mutex",
+    }
+    return replace(broker, transport_options=options)
+
+
+@dataclass
+class Stage:
+    """One broker, a client of it, and workers that come and go."""
+
+    broker: Broker
+    pool: str
+    concurrency: int
+    folder: Path
+    variables: dict[str, str]
+    client: SpakkyApplication = field(init=False)
+    worker: Process = field(init=False)
+    started: int = 0
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "events.jsonl"
+
+    def start(self) -> None:
+        """Start a worker in place of the one that was killed."""
+        command = worker_command("support.delivery_app:create_app", self.pool, concurrency=self.concurrency)
+        environment = {**self.broker.environment, "PROBE_LOG": str(self.log), **self.variables}
+        self.started += 1
+        self.worker = Process(command, environment, self.folder / f"worker{self.started}.log", self.folder)
+        self.worker.wait_for(READY)
+
+    def tags(self, event: str) -> list[str]:
+        """Tags of the events of a kind, in order."""
+        return [str(found["tag"]) for found in read_events(self.log) if found["event"] == event]
+
+    def wait_for_tag(self, event: str, tag: str, timeout_s: float = 30) -> None:
+        wait_until(lambda: tag in self.tags(event), timeout_s, lambda: self.worker.output)
+
+    def freeze(self) -> None:
+        """Stop every process of the worker where it is, and wait until its main process stands still."""
+        os.killpg(self.worker.popen.pid, signal.SIGSTOP)
+        os.waitpid(self.worker.popen.pid, os.WUNTRACED)
+
+    def thaw(self) -> None:
+        os.killpg(self.worker.popen.pid, signal.SIGCONT)
+
+    def kill_in_mid_run(self, expected: set[str]) -> None:
+        """Kill the worker while a body runs.
+
+        On Redis not in the instant between the server's handing out a message and kombu's noting that it did: that
+        message is lost, as the last test here shows.
+        """
+
+        def is_frozen_in_mid_run() -> bool:
+            self.freeze()
+            is_running = set(self.tags("started")) > set(self.tags("ended"))
+            if is_running and (self.broker.kind != "redis" or expected <= self.noted() | set(self.tags("ended"))):
+                return True
+            self.thaw()
+            return False
+
+        wait_until(is_frozen_in_mid_run)
+        self.worker.kill()
+
+    def noted(self) -> set[str]:
+        """Tags of the messages that Redis has, waiting or not acknowledged."""
+        messages = [json.loads(message) for message in self._redis(lambda client: client.lrange(self.queue, 0, -1))]
+        return {str(json.loads(b64decode(message["body"]))[0][1]) for message in messages + self._unacknowledged()}
+
+    def count_messages(self) -> int:
+        """Count the messages that the broker has, without those that an AMQP worker has and did not acknowledge."""
+        if self.broker.kind == "redis":
+            return int(self._redis(lambda client: client.llen(self.queue))) + len(self._unacknowledged())
+        with Connection(self.broker.broker_url) as connection:
+            declared = connection.default_channel.queue_declare(self.queue, passive=True)
+            return int(declared.message_count)
+
+    def drop_unacknowledged(self) -> None:
+        if self.broker.kind == "redis":
+            keys = [name for name in self.broker.transport_options.values() if isinstance(name, str)]
+            self._redis(lambda client: client.delete(*keys))
+
+    @property
+    def queue(self) -> str:
+        return self.broker.app_name
+
+    def _unacknowledged(self) -> list[Any]:
+        entries = self._redis(lambda client: client.hvals(self.broker.transport_options["unacked_key"]))
+        return [json.loads(entry)[0] for entry in entries]
+
+    def _redis(self, ask: Any) -> Any:
+        with Connection(self.broker.broker_url) as connection:
+            return ask(connection.default_channel.client)
+
+
+@contextmanager
+def stage(kind: str, pool: str, folder: Path, concurrency: int = 1, **variables: str) -> Iterator[Stage]:
+    """Set a broker, a client and a first worker up, and clear all of it away."""
+    broker = isolate(make_broker(kind, folder))
+    found = Stage(broker, pool, concurrency, folder, variables)
+    try:
+        with client_of(broker, found.log, create_app, **found.variables) as found.client:
+            found.start()
+            yield found
+            found.worker.stop()
+            assert found.count_messages() == 0
+    finally:
+        if hasattr(found, "worker"):
+            found.worker.kill()
+        drop_queue(broker)
+        found.drop_unacknowledged()
+
+
+@pytest.mark.parametrize(
+    ("kind", "pool"),
+    [
+        pytest.param("amqp", "prefork", marks=pytest.mark.long),
+        pytest.param("redis", "prefork", marks=pytest.mark.long),
+        pytest.param("redis", "threads", marks=pytest.mark.long),
+        ("redis", "asyncio"),
+        ("amqp", "asyncio"),
+    ],
+)
+def test_no_task_is_lost_when_workers_are_killed(kind: str, pool: str, tmp_path: Path) -> None:
+    """100 tasks, workers killed in mid-run at random points and started again: all have ended, no message is left."""
+    seed = random.randrange(10**9)
+    points = random.Random(seed).sample(range(1, 90), 3)
+    with stage(kind, pool, tmp_path, concurrency=4, **REDELIVERY) as running:
+        calls = running.client.container.get(Calls)
+        expected = {str(number) for number in range(100)}
+        for tag in sorted(expected):
+            calls.sleep(0.05, tag)
+        for point in sorted(points):
+            wait_until(lambda point=point: len(set(running.tags("ended"))) >= point, 30, lambda: f"seed {seed}")
+            running.kill_in_mid_run(expected)
+            running.start()
+        wait_until(
+            lambda: set(running.tags("ended")) == expected,
+            30,
+            lambda: f"seed {seed}: not ended {sorted(expected - set(running.tags('ended')))}",
+        )
+        wait_until(lambda: running.count_messages() == 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pool"), [("amqp", "solo"), ("redis", "solo"), ("amqp", "threads"), ("amqp", "asyncio")]
+)
+def test_at_least_once_repeats_what_was_killed(kind: str, pool: str, tmp_path: Path) -> None:
+    """By default a task whose worker was killed in the middle of it runs again, from its beginning."""
+    with stage(kind, pool, tmp_path, **REDELIVERY) as running:
+        running.client.container.get(Calls).sleep(1, "killed")
+        running.wait_for_tag("started", "killed")
+        running.kill_in_mid_run({"killed"})
+        assert running.tags("ended") == []
+        running.start()
+        running.wait_for_tag("ended", "killed")
+        assert running.tags("started") == ["killed", "killed"]
+        wait_until(lambda: running.count_messages() == 0)
+
+
+@pytest.mark.parametrize("kind", ["amqp", "redis"])
+def test_at_most_once_never_repeats(kind: str, tmp_path: Path) -> None:
+    """With delivery=at_most_once a task whose worker was killed in the middle of it does not run again.
+
+    The worker takes the next message only when it has acknowledged the first. With prefork: Celery's solo pool sends
+    the acknowledgement when the run has ended, whenever it was given.
+    """
+    with stage(kind, "prefork", tmp_path, SPAKKY_CELERY__DELIVERY="at_most_once", **REDELIVERY) as running:
+        calls = running.client.container.get(Calls)
+        calls.sleep(120, "killed")
+        running.wait_for_tag("started", "killed")
+        calls.sleep(0, "next")
+        wait_until(lambda: running.worker.output.count("received") == 2, describe=lambda: running.worker.output)
+        running.worker.kill()
+        assert running.tags("ended") == []
+        running.start()
+        running.wait_for_tag("ended", "next")
+        calls.sleep(0, "last")
+        running.wait_for_tag("ended", "last")
+        assert running.tags("started") == ["killed", "next", "last"]
+        wait_until(lambda: running.count_messages() == 0)
+
+
+@pytest.mark.parametrize("kind", ["amqp", "redis"])
+def test_a_killed_child_costs_its_task_a_retry(kind: str, tmp_path: Path) -> None:
+    """A task whose prefork child was killed runs again in the same worker, and what it returns at last comes back.
+
+    It takes the pool up to 5 s to see that a child has died: on Redis a visibility timeout must be longer than that.
+    """
+    with stage(kind, "prefork", tmp_path) as running:
+        assert running.client.container.get(Killer).die("some", 2).get() == 3
+        assert len(running.tags("dying")) == 3
+        wait_until(lambda: running.count_messages() == 0)
+
+
+@pytest.mark.parametrize("kind", ["amqp", "redis"])
+def test_a_task_that_kills_every_child_fails_at_last(kind: str, tmp_path: Path) -> None:
+    """It does not come back for ever: after three retries it fails, and the worker goes on."""
+    with stage(kind, "prefork", tmp_path) as running:
+        container = running.client.container
+        result = celery_of(running.client).AsyncResult(container.get(Killer).die("all", 99).task_id)
+        with pytest.raises(WorkerLostError):
+            result.get(timeout=40)
+        assert container.get(Calls).greet("Ada").get() == "hello Ada"
+        assert len(running.tags("dying")) == 4
+        wait_until(lambda: running.count_messages() == 0)
+
+
+@pytest.mark.parametrize("kind", ["amqp", "redis"])
+def test_a_message_on_its_way_to_a_killed_worker_is_not_lost(kind: str, tmp_path: Path) -> None:
+    """A message that the broker has sent to a worker, which is killed before it has read it, goes to the next one."""
+    with stage(kind, "solo", tmp_path, **REDELIVERY) as running:
+        calls = running.client.container.get(Calls)
+        calls.sleep(0, "before")
+        running.wait_for_tag("ended", "before")
+        wait_until(lambda: running.count_messages() == 0)
+        running.freeze()
+        calls.sleep(0, "on its way")
+        running.worker.kill()
+        running.start()
+        running.wait_for_tag("ended", "on its way", 10)

@@ -1,0 +1,239 @@
+"""One run, in this process: what it sees, what it leaves, and how it ends."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any, override
+
+import pytest
+from celery.exceptions import Retry
+from spakky.auth import (
+    AuthContext,
+    AuthInvocation,
+    AuthorizationDecision,
+    AuthorizationReasonCode,
+    AuthRequirementDeniedError,
+    AuthSubject,
+    AuthVerificationProviderUnavailableError,
+    IAuthContextSnapshotVerifier,
+)
+from spakky.auth.constants import AUTH_CONTEXT_CONTEXT_KEY, AUTH_CONTEXT_SNAPSHOT_METADATA_KEY
+from spakky.auth.metadata import protected
+from spakky.core.application.application import SpakkyApplication
+from spakky.core.pod.annotations.pod import Pod
+from spakky.core.pod.annotations.primary import Primary
+from spakky.core.pod.interfaces.application_context import IApplicationContext
+from spakky.core.pod.interfaces.aware.application_context_aware import IApplicationContextAware
+from spakky.task import TaskHandler, task
+from spakky.tracing import ITracePropagator, TraceContext
+
+from spakky.plugins.celery.common.constants import CELERY_TASK_CONTEXT_KEY
+from spakky.plugins.celery.error import TaskArgumentsError, TaskAuthorizationDeniedError
+from support.fixtures import celery_of
+from support.probe import build
+
+SNAPSHOT = {AUTH_CONTEXT_SNAPSHOT_METADATA_KEY: "Ada"}
+
+
+@Pod()
+class Verifier(IAuthContextSnapshotVerifier):
+    """Believes every snapshot, but for one that stands for an outage."""
+
+    @override
+    def verify_snapshot(self, snapshot_envelope: str, invocation: AuthInvocation) -> AuthContext:
+        if snapshot_envelope == "outage":
+            raise AuthVerificationProviderUnavailableError
+        return AuthContext(subject=AuthSubject(id=snapshot_envelope), issuer="test")
+
+
+@TaskHandler()
+class Looks(IApplicationContextAware):
+    """Tasks that look around."""
+
+    @override
+    def set_application_context(self, application_context: IApplicationContext) -> None:
+        self.context = application_context
+
+    @task
+    def look(self) -> dict[str, Any]:
+        identity = self.context.get_context_value(AUTH_CONTEXT_CONTEXT_KEY)
+        trace = TraceContext.get()
+        return {
+            "subject": identity.subject.id if isinstance(identity, AuthContext) else None,
+            "trace": trace.trace_id if trace else None,
+            "running": self.context.get_context_value(CELERY_TASK_CONTEXT_KEY),
+            "value": self.context.get_context_value("left"),
+        }
+
+    @task
+    @protected
+    async def look_protected(self) -> str:
+        value = self.context.get_context_value(AUTH_CONTEXT_CONTEXT_KEY)
+        assert isinstance(value, AuthContext)
+        return value.subject.id
+
+    @task
+    def leave(self) -> None:
+        self.context.set_context_value("left", "behind")
+
+    @task
+    def deny(self) -> None:
+        raise AuthRequirementDeniedError(AuthorizationDecision.deny(AuthorizationReasonCode.INSUFFICIENT_ROLE, "no"))
+
+    @task
+    def deny_without_reason(self) -> None:
+        raise AuthRequirementDeniedError
+
+    @task
+    async def fail(self) -> None:
+        await asyncio.sleep(0)
+        raise LookupError
+
+    @task
+    async def leave_task(self) -> None:
+        self.left = asyncio.create_task(asyncio.sleep(3600))
+
+
+@pytest.fixture
+def app() -> Iterator[SpakkyApplication]:
+    started = build(Looks, Verifier).start()
+    yield started
+    started.stop()
+
+
+def run(app: SpakkyApplication, name: str, *args: object, **headers: object) -> Any:
+    body = celery_of(app).tasks[f"{Looks.__module__}.Looks.{name}"]
+    return body.apply(args=args, headers=headers, throw=True).get()
+
+
+def test_a_run_has_a_context_of_its_own(app: SpakkyApplication) -> None:
+    """A run knows that it is one, has a trace, and sees nothing of the run before; nothing stays here."""
+    run(app, "leave")
+    seen = run(app, "look")
+    assert (seen["subject"], seen["running"], seen["value"]) == (None, True, None)
+    assert seen["trace"]
+    assert TraceContext.get() is None
+    assert app.application_context.get_context_value(CELERY_TASK_CONTEXT_KEY) is None
+
+
+def test_identity_is_seeded_wherever_there_is_one(app: SpakkyApplication) -> None:
+    """A snapshot that can be verified gives any run its identity; one that cannot gives an unprotected run none."""
+    assert run(app, "look", **SNAPSHOT)["subject"] == "Ada"
+    assert run(app, "look_protected", **SNAPSHOT) == "Ada"
+    assert run(app, "look", **{AUTH_CONTEXT_SNAPSHOT_METADATA_KEY: "outage"})["subject"] is None
+    assert run(app, "look", **{AUTH_CONTEXT_SNAPSHOT_METADATA_KEY: 5})["subject"] is None
+
+
+def test_a_protected_run_without_identity_is_denied(app: SpakkyApplication) -> None:
+    """Without a snapshot the body of a protected task does not run."""
+    with pytest.raises(TaskAuthorizationDeniedError) as caught:
+        run(app, "look_protected")
+    assert (caught.value.state, caught.value.reason_code) == ("CHALLENGE", "SNAPSHOT_MISSING")
+
+
+def test_an_outage_of_a_provider_is_retried(app: SpakkyApplication) -> None:
+    """When the verifier cannot be reached, the run is retried later, and later still the next time."""
+    body = celery_of(app).tasks[f"{Looks.__module__}.Looks.look_protected"]
+    delays = []
+    for retries in (0, 1, 2):
+        body.push_request(
+            id="an-id",
+            retries=retries,
+            called_directly=False,
+            headers={AUTH_CONTEXT_SNAPSHOT_METADATA_KEY: "outage"},
+            delivery_info={},
+            args=[],
+            kwargs={},
+        )
+        try:
+            with pytest.raises(Retry) as caught:
+                body.run()
+        finally:
+            body.pop_request()
+        delays.append(caught.value.when)
+        assert isinstance(caught.value.exc, TaskAuthorizationDeniedError)
+    assert delays == [10, 30, 90]
+
+
+def test_denials_inside_a_body_keep_their_decision(app: SpakkyApplication) -> None:
+    """What a protected service raises inside a run becomes an error whose decision can travel."""
+    with pytest.raises(TaskAuthorizationDeniedError) as caught:
+        run(app, "deny")
+    assert caught.value.decision.reason_code is AuthorizationReasonCode.INSUFFICIENT_ROLE
+    assert caught.value.reason == "no"
+    with pytest.raises(AuthRequirementDeniedError):
+        run(app, "deny_without_reason")
+
+
+def test_a_traceback_shows_no_steps_of_the_loop(app: SpakkyApplication) -> None:
+    """A failed coroutine shows who called it and where it failed; how it was stepped through is of no interest."""
+    with pytest.raises(LookupError) as caught:
+        run(app, "fail")
+    names = [entry.name for entry in caught.traceback]
+    assert names[-1] == "fail"
+    assert "run_awaitable" in names
+    assert not {"_run", "_step_through"}.intersection(names)
+
+
+def test_wrong_arguments_do_not_reach_the_body(app: SpakkyApplication) -> None:
+    """A message with wrong arguments fails with an error that names the task."""
+    with pytest.raises(TaskArgumentsError, match=r"Looks\.look.* too many positional"):
+        run(app, "look", 1)
+
+
+def test_asyncio_tasks_left_behind_are_cancelled(app: SpakkyApplication) -> None:
+    """What a body left behind on the loop is cancelled when it ends."""
+    run(app, "leave_task")
+    assert app.container.get(Looks).left.cancelled()
+
+
+def test_traces(app: SpakkyApplication) -> None:
+    """A valid traceparent is continued; a malformed one, version ff, and what is no text start a new trace."""
+    root = TraceContext.new_root()
+    assert run(app, "look", traceparent=root.to_traceparent())["trace"] == root.trace_id
+    for bad in ("garbage", f"ff-{root.trace_id}-{root.span_id}-01", 5, ["x"], f"00-{'0' * 32}-{root.span_id}-01"):
+        trace = run(app, "look", traceparent=bad)["trace"]
+        assert trace
+        assert trace != root.trace_id
+
+
+def test_a_propagator_that_fails_costs_no_task() -> None:
+    """An error in a propagator of the application's own is logged, and a new trace is started."""
+
+    @Primary()
+    @Pod()
+    class Failing(ITracePropagator):
+        @override
+        def inject(self, carrier: dict[str, str]) -> None: ...
+
+        @override
+        def extract(self, carrier: dict[str, str]) -> TraceContext | None:
+            message = "cannot read this"
+            raise ValueError(message)
+
+        @override
+        def fields(self) -> list[str]:
+            return ["traceparent"]
+
+    started = build(Looks, Verifier, Failing).start()
+    try:
+        assert run(started, "look", traceparent="x")["trace"]
+    finally:
+        started.stop()
+
+
+async def test_results_are_awaited_without_blocking() -> None:
+    """get_async waits for a result, or for an error, that comes while it polls."""
+    started = await asyncio.to_thread(build(Looks, Verifier).start)
+    backend = celery_of(started).backend
+    looks: Any = started.container.get(Looks)
+    good, bad = looks.look(), looks.leave()
+    waiting = [asyncio.create_task(result.get_async()) for result in (good, bad)]
+    await asyncio.sleep(0.05)
+    assert not any(task.done() for task in waiting)
+    backend.mark_as_done(good.task_id, {"subject": "Ada"})
+    backend.mark_as_failure(bad.task_id, ValueError("boom"))
+    assert await asyncio.wait_for(waiting[0], 20) == {"subject": "Ada"}
+    with pytest.raises(ValueError, match="boom"):
+        await asyncio.wait_for(waiting[1], 20)
+    assert repr(good) == f"CeleryTaskResult({good.task_id!r})"
+    await asyncio.to_thread(started.stop)

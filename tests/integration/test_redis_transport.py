@@ -1,0 +1,347 @@
+"""The Redis transport beside kombu's own, on a real server: what each leaves, the other can read."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import pytest
+import redis
+from kombu import Connection, Consumer, Queue
+from kombu.asynchronous import Hub
+
+from spakky.plugins.celery.common.broker_url import to_batched
+from spakky.plugins.celery.transport.redis import Transport
+from support.brokers import REDIS_URL, require_server
+from support.servers import cuttable_proxy
+
+KINDS = {"kombu": REDIS_URL, "batched": to_batched(REDIS_URL)}
+NEVER = {"polling_interval": 600}
+"""A test that waits for the next look fails at its own timeout."""
+
+
+class Scene:
+    """Queues and unacknowledged messages that no other test sees."""
+
+    def __init__(self) -> None:
+        self.prefix = f"test-{uuid4().hex[:8]}:"
+        self.redis = redis.Redis.from_url(REDIS_URL)
+        self._connections: list[Connection] = []
+
+    def connect(self, kind: str = "batched", url: str = "", **options: object) -> Connection:
+        connection = Connection(url or KINDS[kind], transport_options={"global_keyprefix": self.prefix, **options})
+        self._connections.append(connection)
+        return connection
+
+    def put(self, *texts: str, kind: str = "batched", queue: str = "q", priority: int = 0) -> None:
+        with self.connect(kind) as connection, connection.Producer(serializer="json") as producer:
+            for text in texts:
+                producer.publish(text, routing_key=queue, declare=[Queue(queue)], priority=priority)
+
+    def count(self, key: str) -> int:
+        name = self.prefix + key
+        return int(self.redis.hlen(name) if key == "unacked" else self.redis.llen(name))
+
+    def queued(self, key: str = "q") -> list[bytes]:
+        return self.redis.lrange(self.prefix + key, 0, -1)
+
+    def close(self) -> None:
+        for connection in self._connections:
+            with suppress(*connection.connection_errors):
+                connection.release()
+        for key in self.redis.scan_iter(f"{self.prefix}*"):
+            self.redis.delete(key)
+        self.redis.close()
+
+
+class Reader:
+    """A consumer that keeps what it is given, and acknowledges when told."""
+
+    def __init__(self, connection: Connection, *queues: str, prefetch: int = 0, no_ack: bool = False) -> None:
+        self.connection = connection
+        self.messages: list[Any] = []
+        channel = connection.channel()
+        self.consumer = Consumer(
+            channel,
+            [Queue(queue) for queue in queues or ("q",)],
+            on_message=self.messages.append,
+            no_ack=no_ack,
+        )
+        self.consumer.qos(prefetch_count=prefetch)
+        self.consumer.consume()
+
+    @property
+    def texts(self) -> list[str]:
+        return [message.decode() for message in self.messages]
+
+    def read(self, count: int) -> list[str]:
+        while len(self.messages) < count:
+            self.connection.drain_events(timeout=10)
+        return self.texts
+
+    def read_no_more(self) -> None:
+        with suppress(TimeoutError):
+            while True:
+                self.connection.drain_events(timeout=0.3)
+
+
+@pytest.fixture
+def scene() -> Iterator[Scene]:
+    require_server(REDIS_URL, "SPAKKY_TEST_REDIS_URL", 6379)
+    scene = Scene()
+    try:
+        yield scene
+    finally:
+        scene.close()
+
+
+def numbers(count: int) -> list[str]:
+    return [str(number) for number in range(count)]
+
+
+@pytest.mark.parametrize(("writer", "reader"), [("kombu", "batched"), ("batched", "kombu"), ("batched", "batched")])
+def test_each_reads_what_the_other_wrote(scene: Scene, writer: str, reader: str) -> None:
+    """In order, each once, and nothing is left when all are acknowledged."""
+    scene.put(*numbers(120), kind=writer)
+    found = Reader(scene.connect(reader))
+    assert found.read(120) == numbers(120)
+    assert scene.count("unacked") == 120
+    for message in found.messages:
+        message.ack()
+    assert scene.count("unacked") == 0
+    assert not scene.redis.exists(f"{scene.prefix}unacked_index")
+
+
+@pytest.mark.parametrize(("taker", "restorer"), [("batched", "kombu"), ("kombu", "batched")])
+def test_each_restores_what_the_other_took(scene: Scene, taker: str, restorer: str) -> None:
+    """After the visibility timeout, by whichever worker looks, the message is as it was."""
+    scene.put('/über/ "all" \\ \x00', "second")
+    lost = Reader(scene.connect(taker))
+    lost.read(2)
+    original = {message.delivery_tag: message.headers for message in lost.messages}
+    options = {"visibility_timeout": 0, "unacked_restore_throttle": 1, "unacked_restore_interval": 1}
+    connection = scene.connect(restorer, **options)
+    connection.channel().qos.restore_visible(num=10, interval=1)
+    found = Reader(connection)
+    assert sorted(found.read(2)) == sorted(lost.texts)
+    assert {message.delivery_tag: message.headers | {"redelivered": True} for message in found.messages} == {
+        tag: headers | {"redelivered": True} for tag, headers in original.items()
+    }
+    assert all(message.delivery_info["redelivered"] for message in found.messages)
+
+
+def test_an_unacknowledged_message_is_noted_as_by_kombu(scene: Scene) -> None:
+    """Key, score and content are those that kombu writes."""
+    scene.put("text")
+    (raw,) = scene.queued()
+    reader = Reader(scene.connect())
+    reader.read(1)
+    ((tag, noted),) = scene.redis.hgetall(f"{scene.prefix}unacked").items()
+    assert json.loads(noted) == [json.loads(raw), "", "q"]
+    assert tag.decode() == reader.messages[0].delivery_tag
+    ((indexed, score),) = scene.redis.zrange(f"{scene.prefix}unacked_index", 0, -1, withscores=True)
+    seconds, _ = scene.redis.time()
+    assert indexed == tag
+    assert abs(score - int(str(seconds))) < 60
+
+
+@pytest.mark.parametrize("prefetch", [1, 7, 120])
+def test_no_more_is_taken_than_may_be_prefetched(scene: Scene, prefetch: int) -> None:
+    """What is beyond the prefetch count stays on the queue, for other workers."""
+    scene.put(*numbers(200))
+    reader = Reader(scene.connect(), prefetch=prefetch)
+    reader.read(prefetch)
+    reader.read_no_more()
+    assert (scene.count("unacked"), scene.count("q")) == (prefetch, 200 - prefetch)
+    reader.messages[0].ack()
+    assert reader.read(prefetch + 1) == numbers(prefetch + 1)
+    reader.read_no_more()
+    assert (scene.count("unacked"), scene.count("q")) == (prefetch, 199 - prefetch)
+
+
+def test_the_most_urgent_comes_first(scene: Scene) -> None:
+    """Priorities are kombu's: on Redis, 0 is the most urgent."""
+    for priority in (9, 3, 0, 6):
+        scene.put(f"{priority}a", f"{priority}b", priority=priority)
+    assert Reader(scene.connect()).read(8) == ["0a", "0b", "3a", "3b", "6a", "6b", "9a", "9b"]
+
+
+@pytest.mark.parametrize("priority", [0, 3, 6, 9])
+@pytest.mark.parametrize("queue", ["first", "second"])
+def test_a_message_ends_the_wait(scene: Scene, queue: str, priority: int) -> None:
+    """A worker without work waits on every queue at every priority."""
+    reader = Reader(scene.connect(**NEVER), "first", "second")
+    reader.read_no_more()
+    for text in ("once", "again"):
+        scene.put(text, queue=queue, priority=priority)
+        reader.read(len(reader.messages) + 1)
+        reader.read_no_more()
+    assert reader.texts == ["once", "again"]
+
+
+def test_waiting_takes_nothing(scene: Scene) -> None:
+    """A message that comes while the worker does not look is there for others."""
+    reader = Reader(scene.connect(**NEVER))
+    reader.read_no_more()
+    scene.put("text")
+    assert (scene.count("q"), scene.count("unacked")) == (1, 0)
+
+
+def test_queues_take_turns(scene: Scene) -> None:
+    """A full queue does not keep another one waiting."""
+    scene.put(*(f"a{number}" for number in range(30)), queue="a")
+    scene.put(*(f"b{number}" for number in range(3)), queue="b")
+    assert {"b0", "b1", "b2"} < set(Reader(scene.connect(), "a", "b").read(10)[:10])
+
+
+def test_queues_in_order(scene: Scene) -> None:
+    """With ``sorted``, the first queue is emptied first."""
+    scene.put("b0", queue="b")
+    scene.put("a0", "a1", queue="a")
+    assert Reader(scene.connect(queue_order_strategy="sorted"), "b", "a").read(3) == ["a0", "a1", "b0"]
+
+
+def test_an_unreadable_message_is_put_aside(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    """What is no message holds up none, and is kept."""
+    scene.redis.lpush(f"{scene.prefix}q", b"\xffno json", b"{}", b'{"properties": {"delivery_tag": 1}}', b"[" * 2000)
+    scene.put("text")
+    with caplog.at_level(logging.ERROR):
+        assert Reader(scene.connect()).read(1) == ["text"]
+    assert scene.count("q.undecodable") == 4
+    assert [record.getMessage() for record in caplog.records] == [
+        f"A message of {size} bytes is none of kombu's: moved to q.undecodable" for size in (8, 2, 35, 2000)
+    ]
+    assert scene.count("unacked") == 1
+
+
+def test_a_batch_that_is_broken_off_goes_back(scene: Scene) -> None:
+    """What was not handed out when the worker was ended is on the queue again, in order."""
+    scene.put(*numbers(10))
+    reader = Reader(scene.connect())
+
+    def take_three(message: Any) -> None:
+        reader.messages.append(message)
+        if len(reader.messages) == 3:
+            raise SystemExit
+
+    reader.consumer.on_message = take_three
+    with pytest.raises(SystemExit):
+        reader.read(10)
+    assert scene.count("unacked") == 3
+    other = Reader(scene.connect())
+    assert sorted(other.read(7), key=int) == numbers(10)[3:]
+
+
+def test_messages_without_acknowledgement(scene: Scene) -> None:
+    """They are noted nowhere."""
+    scene.put("text", "more")
+    assert Reader(scene.connect(), no_ack=True).read(2) == ["text", "more"]
+    assert scene.count("unacked") == 0
+
+
+def test_a_closed_channel_gives_its_messages_back(scene: Scene) -> None:
+    """As kombu does: at once, and in order."""
+    scene.put(*numbers(5))
+    connection = scene.connect()
+    reader = Reader(connection)
+    reader.read(5)
+    reader.messages[1].ack()
+    connection.release()
+    assert scene.count("unacked") == 0
+    assert scene.count("q") == 4
+
+
+def turn(hub: Hub, until: Callable[[], bool]) -> None:
+    """Let a hub turn as a worker's does, until something holds."""
+    hub.call_repeatedly(0.05, lambda: None)
+    loop = hub.loop
+    for _ in range(400):
+        next(loop)
+        if until():
+            return
+    pytest.fail("it did not come to hold")
+
+
+def hub_reader(connection: Connection, **options: Any) -> tuple[Hub, Reader]:
+    hub = Hub()
+    connection.connect()
+    reader = Reader(connection, **options)
+    connection.transport.register_with_event_loop(connection.transport, hub)
+    return hub, reader
+
+
+def test_acknowledgements_of_a_turn_go_together(scene: Scene) -> None:
+    """They count against the prefetch at once, and one command removes them all before more is taken."""
+    scene.put(*numbers(60))
+    hub, reader = hub_reader(scene.connect(), prefetch=20)
+    turn(hub, lambda: len(reader.messages) == 20)
+    for message in reader.messages:
+        message.ack()
+    assert scene.count("unacked") == 20
+    turn(hub, lambda: len(reader.messages) == 40)
+    assert scene.count("unacked") == 20
+    for message in reader.messages[20:]:
+        message.ack()
+    turn(hub, lambda: len(reader.messages) == 60)
+    assert reader.texts == numbers(60)
+
+
+def test_acknowledgements_outlive_the_connection(scene: Scene) -> None:
+    """What was done while Redis was away is not done again when it is back."""
+    address = urlsplit(REDIS_URL)
+    with cuttable_proxy(address.hostname or "127.0.0.1", address.port or 6379) as proxy:
+        url = f"spakky-redis://127.0.0.1:{proxy.port}/{address.path.strip('/') or 0}"
+        scene.put(*numbers(3))
+        connection = scene.connect(url=url)
+        hub, reader = hub_reader(connection)
+        turn(hub, lambda: len(reader.messages) == 3)
+        proxy.cut()
+        for message in reader.messages[:2]:
+            message.ack()
+        with pytest.raises(connection.connection_errors):
+            turn(hub, lambda: False)
+        connection.collapse = None
+        connection.collect()
+        assert scene.count("unacked") == 3
+        proxy.mend()
+        hub, again = hub_reader(scene.connect(url=url))
+        turn(hub, lambda: scene.count("unacked") < 2)
+        assert not again.messages
+
+
+def test_a_server_that_refuses_the_wait(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    """Such as one that has no memory left, or a user who may not: it is asked from time to time instead."""
+    user = scene.prefix.strip(":")
+    scene.redis.acl_setuser(user, enabled=True, nopass=True, keys="*", channels="*", commands=["+@all", "-blmove"])
+    try:
+        address = urlsplit(REDIS_URL)
+        url = f"spakky-redis://{user}:any@{address.hostname}:{address.port or 6379}/{address.path.strip('/') or 0}"
+        reader = Reader(scene.connect(url=url))
+        reader.read_no_more()
+        scene.put("one", "two")
+        assert reader.read(2) == ["one", "two"]
+        assert "Redis cannot be waited on" in caplog.text
+    finally:
+        scene.redis.acl_deluser(user)
+
+
+def test_a_connection_that_redis_drops(scene: Scene) -> None:
+    """It is an error that kombu's users, such as Celery, reconnect for."""
+    reader = Reader(scene.connect(**NEVER, client_name=scene.prefix.strip(":")))
+    reader.read_no_more()
+    for client in scene.redis.client_list():
+        if client["name"] == scene.prefix.strip(":"):
+            scene.redis.client_kill_filter(_id=client["id"])
+    with pytest.raises(reader.connection.connection_errors):
+        reader.read_no_more()
+
+
+def test_tls_is_verified() -> None:
+    """``spakky-rediss`` never goes on without a certificate that can be trusted."""
+    connection = Connection("spakky-rediss://localhost:1/0")
+    assert isinstance(connection.transport, Transport)
+    assert connection.ssl == {"ssl_cert_reqs": "required"}
+    assert not Connection("spakky-redis://localhost:1/0").ssl

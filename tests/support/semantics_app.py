@@ -1,0 +1,249 @@
+"""Plain Celery tasks that end in every way, written ``async def`` or ``def`` as SEMANTICS_FORM says."""
+
+import asyncio
+import contextvars
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, override
+
+from celery import Celery, current_task, signals
+from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
+from spakky.core.application.application import SpakkyApplication
+from spakky.core.pod.annotations.pod import Pod
+from spakky.task import TaskHandler, task
+
+from spakky.plugins.celery.common.customizer import CeleryCustomizer
+from support.fixtures import read_events
+from support.probe import build, record
+
+SIGNALS = ("prerun", "postrun", "success", "failure", "retry", "revoked")
+MARK: contextvars.ContextVar[str] = contextvars.ContextVar("MARK", default="")
+
+
+def value(_self: Any, text: str) -> str:
+    return text
+
+
+def add(_self: Any, first: int, second: int = 1) -> int:
+    return first + second
+
+
+def total(_self: Any, numbers: list[int]) -> int:
+    return sum(numbers)
+
+
+def fail(_self: Any, text: str) -> None:
+    raise ValueError(text)
+
+
+def retry_twice(self: Any, text: str) -> str:
+    if self.request.retries < 2:
+        raise self.retry(exc=KeyError(text), countdown=0)
+    return f"{text} {self.request.retries}"
+
+
+def retry_in_vain(self: Any, text: str) -> None:
+    raise self.retry(exc=ValueError(text), countdown=0, max_retries=1)
+
+
+def autoretry(self: Any, text: str) -> str:
+    if self.request.retries < 2:
+        raise OSError(text)
+    return text
+
+
+def ignore(_self: Any) -> None:
+    raise Ignore
+
+
+def reject(_self: Any) -> None:
+    raise Reject(requeue=False)
+
+
+def reject_once(self: Any) -> str:
+    log = Path(os.environ["PROBE_LOG"])
+    if not any(event["event"] == "rejected" and event["id"] == self.request.id for event in read_events(log)):
+        record("rejected", id=self.request.id)
+        raise Reject(requeue=True)
+    return "after all"
+
+
+def note(_self: Any, text: str) -> None:
+    record("noted", text=text)
+
+
+def chained(self: Any, text: str) -> None:
+    raise self.replace(self.app.signature("s.value", args=[text]))
+
+
+BODIES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "value": (value, {}),
+    "add": (add, {}),
+    "total": (total, {}),
+    "fail": (fail, {}),
+    "retry_twice": (retry_twice, {}),
+    "retry_in_vain": (retry_in_vain, {}),
+    "autoretry": (autoretry, {"autoretry_for": (OSError,), "retry_backoff": 1, "retry_backoff_max": 1}),
+    "note": (note, {}),
+    "ignore": (ignore, {}),
+    "reject": (reject, {}),
+    "reject_once": (reject_once, {}),
+    "replaced": (chained, {}),
+    "early": (value, {"acks_late": False}),
+    "unkept": (value, {"ignore_result": True}),
+    "limited": (value, {"rate_limit": "50/s"}),
+    "started": (value, {"track_started": True}),
+}
+
+
+def to_async(body: Callable[..., Any]) -> Callable[..., Any]:
+    async def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        await asyncio.sleep(0.01)
+        return body(self, *args, **kwargs)
+
+    return run
+
+
+@Pod()
+class PlainTasks(CeleryCustomizer):
+    @override
+    def customize(self, celery: Celery) -> None:
+        celery.conf.task_annotations = {"*": {"default_retry_delay": 0.1}}
+        for name, (body, options) in BODIES.items():
+            form = to_async(body) if os.environ.get("SEMANTICS_FORM") == "async" else body
+            celery.task(form, bind=True, name=f"s.{name}", shared=False, **options)
+
+
+def _recorder(name: str) -> Callable[..., None]:
+    def receive(sender: Any = None, task_id: str | None = None, **facts: Any) -> None:
+        request = facts.get("request")
+        error = facts.get("exception") or facts.get("reason")
+        record(
+            "signal",
+            name=name,
+            id=task_id or getattr(request, "id", None) or sender.request.id,
+            state=facts.get("state"),
+            error=type(error).__name__ if error is not None else None,
+        )
+
+    return receive
+
+
+for signal_name in SIGNALS:
+    getattr(signals, f"task_{signal_name}").connect(_recorder(signal_name), weak=False)
+
+
+@TaskHandler()
+class Bodies:
+    """``async def`` tasks that look at where they run, or have to be ended."""
+
+    def __init__(self) -> None:
+        self._running = 0
+        self._most = 0
+        self._gate: asyncio.Event | None = None
+
+    @task
+    async def look(self, text: str) -> dict[str, Any]:
+        """Tell which run this is believed to be, wherever this code goes."""
+        MARK.set(text)
+        seen = {"body": current_task.request.id, "marks": [MARK.get()]}
+        await asyncio.sleep(0.05)
+        seen["after await"] = current_task.request.id
+        async with asyncio.TaskGroup() as group:
+            child = group.create_task(self._look_deeper())
+        seen["child"] = child.result()
+        seen["thread"] = await asyncio.to_thread(lambda: current_task.request.id)
+        seen["marks"] += [MARK.get(), await asyncio.to_thread(MARK.get)]
+        try:
+            async with asyncio.timeout(0.01):
+                await asyncio.sleep(3600)
+        except TimeoutError:
+            seen["after timeout"] = current_task.request.id
+        asyncio_task = asyncio.current_task()
+        seen["asyncio task"] = asyncio_task is not None and asyncio_task.get_name()
+        return seen
+
+    @task
+    async def meet(self, expected: int) -> dict[str, str]:
+        """Wait until so many of these run at once, and tell which run this is believed to be, before and after."""
+        gate = self._gate = self._gate or asyncio.Event()
+        seen = {"before": current_task.request.id}
+        self._running += 1
+        if self._running == expected:
+            gate.set()
+        await gate.wait()
+        seen["after"] = current_task.request.id
+        seen["nested"] = await self._look_deeper()
+        return seen
+
+    async def _look_deeper(self) -> str:
+        await asyncio.sleep(0.01)
+        return str(current_task.request.id)
+
+    @task
+    async def see_mark(self) -> str:
+        return MARK.get()
+
+    @task
+    async def wait(self, tag: str, seconds: float = 3600) -> str:
+        record("started", tag=tag)
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            await asyncio.sleep(0)
+            record("cleaned up", tag=tag)
+        return tag
+
+    @task
+    async def catch_soft_limit(self, tag: str) -> str:
+        try:
+            await asyncio.sleep(3600)
+        except SoftTimeLimitExceeded:
+            await asyncio.sleep(0.01)
+            return f"{tag} was caught"
+        return "never"
+
+    @task
+    async def cancel_itself(self) -> None:
+        await asyncio.sleep(0)
+        raise asyncio.CancelledError
+
+    @task
+    async def await_the_cancelled(self) -> None:
+        other = asyncio.create_task(asyncio.sleep(3600))
+        other.cancel()
+        await other
+
+    @task
+    async def exit(self) -> None:
+        raise SystemExit(5)
+
+    @task
+    async def leave_behind(self) -> None:
+        asyncio.create_task(asyncio.sleep(3600), name="left-behind")  # noqa: RUF006  # it is left on purpose
+        await asyncio.sleep(0.01)
+
+    @task
+    async def block(self) -> None:
+        time.sleep(1.5)  # noqa: ASYNC251  # it blocks on purpose
+
+    @task
+    async def count_together(self) -> int:
+        """Tell how many of these have run at once so far."""
+        self._running += 1
+        self._most = max(self._most, self._running)
+        await asyncio.sleep(0.05)
+        self._running -= 1
+        return self._most
+
+    @task
+    def count_threads(self) -> int:
+        threading.Event().wait(0.05)
+        return sum(thread.name.startswith("spakky-celery-sync") for thread in threading.enumerate())
+
+
+def create_app() -> SpakkyApplication:
+    return build(PlainTasks, Bodies)
