@@ -1,0 +1,34 @@
+"""Dispatches tasks in every peer's own way; arguments: workload, count, tasks per second or 0 for at once."""
+
+import asyncio
+import sys
+import time
+from collections.abc import Awaitable, Callable
+
+
+def read_arguments() -> tuple[str, int, float]:
+    workload, count, rate = sys.argv[1:]
+    return workload, int(count), float(rate)
+
+
+def _waits(count: int, rate: float) -> "list[float] | None":
+    if not rate:
+        return None
+    begin = time.monotonic()
+    return [begin + number / rate for number in range(count)]
+
+
+def produce(send: Callable[[float], object], count: int, rate: float) -> None:
+    due = _waits(count, rate)
+    for number in range(count):
+        if due:
+            time.sleep(max(0, due[number] - time.monotonic()))
+        send(time.time())
+
+
+async def produce_async(send: Callable[[float], Awaitable[object]], count: int, rate: float) -> None:
+    due = _waits(count, rate)
+    for number in range(count):
+        if due:
+            await asyncio.sleep(max(0, due[number] - time.monotonic()))
+        await send(time.time())
