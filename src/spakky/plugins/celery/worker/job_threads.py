@@ -24,9 +24,10 @@ class JobThreads:
         for thread in self._threads:
             thread.start()
 
-    def __len__(self) -> int:
-        """About as many jobs as wait or are being done."""
-        return self._jobs.qsize() + self._busy
+    @property
+    def is_idle(self) -> bool:
+        """Whether a job that is put now is likely to begin at once."""
+        return not self._busy and self._jobs.empty()
 
     def put(self, job: Callable[[], object]) -> None:
         """Have a job done, after those that were put before; from any thread."""

@@ -92,7 +92,8 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
             raise UnsupportedWorkerOptionError(variable, os.environ.get(variable, ""), _FAST_LOCALS)
         for task in self.app.tasks.values():
             _await_coroutine(task, self)
-        self._tracers = [JobThreads(f"spakky-celery-tracer-{number}") for number in range(_TRACERS)]
+        tracers = [JobThreads(f"spakky-celery-tracer-{number}") for number in range(_TRACERS)]
+        self._tracers = {tracer: partial(self._start_next, tracer) for tracer in tracers}
         threads = self.app.conf.get(WORKER_THREADS_SETTING) or _DEFAULT_THREADS
         self._threads = JobThreads("spakky-celery-sync", threads)
         self.loop = _find_application_loop(self.app) or self._start_own_loop()
@@ -172,7 +173,8 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
         """Run more ``async def`` tasks at a time."""
         with self._admission:
             self.limit += n
-        self._start_waiting()
+        for _ in range(n):
+            self._start_waiting()
 
     def shrink(self, n: int = 1) -> None:
         """Run fewer ``async def`` tasks at a time; those that run go on."""
@@ -195,10 +197,21 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
         self._start_waiting()
 
     def _start_waiting(self) -> None:
+        """Have one of the runs that wait begun where nothing holds it up: greenlets never change their thread."""
         with self._admission:
-            while self._waiting and self._on_loop < self.limit:
-                self._on_loop += 1
-                self._waiting.popleft().start(min(self._tracers, key=len))
+            if not self._waiting or self._on_loop >= self.limit:
+                return
+        idle = next((tracer for tracer in self._tracers if tracer.is_idle), None)
+        for tracer in self._tracers if idle is None else (idle,):
+            tracer.put(self._tracers[tracer])
+
+    def _start_next(self, tracer: JobThreads) -> None:
+        with self._admission:
+            if not self._waiting or self._on_loop >= self.limit:
+                return
+            self._on_loop += 1
+            run = self._waiting.popleft()
+        run.start(tracer)
 
     def _run_in_thread(self, run: "_Run") -> None:
         if self._state == self.RUN:
@@ -297,11 +310,8 @@ class _Run:
             logger.warning("Task %r has a time limit, and a sync task on a thread cannot be interrupted", task.name)
 
     def start(self, tracer: JobThreads) -> None:
-        """Have a thread begin the tracer of an ``async def`` task, and go on while it waits for its body."""
+        """Begin the tracer of an ``async def`` task in a thread, the current one, that goes on when its body ended."""
         self._tracer = tracer
-        tracer.put(self._start)
-
-    def _start(self) -> None:
         self._greenlet = greenlet(self._trace_in_greenlet)
         self._greenlet.gr_context = copy_context()
         self._greenlet.switch()
