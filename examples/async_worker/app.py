@@ -22,7 +22,7 @@ class Http(IAsyncService):
 
     @override
     async def start_async(self) -> None:
-        self.client = httpx.AsyncClient(limits=httpx.Limits(max_connections=10), timeout=30)
+        self.client = httpx.AsyncClient(limits=httpx.Limits(max_connections=10, keepalive_expiry=60), timeout=30)
 
     @override
     async def stop_async(self) -> None:
