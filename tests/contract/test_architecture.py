@@ -28,6 +28,7 @@ WORKER_LIFE = {
 VALUES = {
     "common",
     "common.broker_url",
+    "common.celery_options",
     "common.config",
     "common.constants",
     "common.customizer",
@@ -42,6 +43,7 @@ VALUES = {
     "common.task_method",
     "common.task_result",
     "error",
+    "options",
     "schedule",
 }
 BOTH_ENDS = {"auth"}

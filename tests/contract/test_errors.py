@@ -45,6 +45,12 @@ FACTS: dict[str, dict[str, Any]] = {
         "value": "25",
         "expected": "Give a whole number from 0 to 23, a tuple of such numbers, or None for every hour.",
     },
+    "InvalidTaskOptionError": {
+        "target": "shop.Mailer.write",
+        "option": "priority",
+        "value": "12",
+        "expected": "Give a whole number from 0 to 9, or None.",
+    },
     "UnsupportedTaskMethodError": {
         "handler": "shop.Tools",
         "method": "clean",
@@ -99,6 +105,7 @@ FACTS: dict[str, dict[str, Any]] = {
 
 HOST_BASES: dict[str, tuple[type[BaseException], ...]] = {
     "InvalidTimezoneError": (errors.InvalidCeleryConfigError,),
+    "InvalidTaskOptionError": (ValueError,),
     "DuplicateTaskNameError": (DuplicateTaskError,),
     "TaskNotRegisteredError": (errors.AbstractTaskDispatchError,),
     "TaskArgumentsError": (errors.AbstractTaskDispatchError, TypeError),

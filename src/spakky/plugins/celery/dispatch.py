@@ -2,13 +2,15 @@
 
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any, Final, cast, overload, override
 
 from amqp.serialization import dumps
 from celery import Celery
+from celery.exceptions import QueueNotFound
 from celery.result import AsyncResult
 from kombu.common import maybe_declare
 from kombu.entity import Queue
@@ -29,7 +31,8 @@ from spakky.plugins.celery.auth import (
     inject_auth_context_snapshot,
     to_auth_metadata,
 )
-from spakky.plugins.celery.common.constants import HANDLER_POD_HEADER
+from spakky.plugins.celery.common.celery_options import to_publish_options
+from spakky.plugins.celery.common.constants import HANDLER_POD_HEADER, SERIALIZER_HEADER
 from spakky.plugins.celery.common.result_waiter import REDIS_MODULE, is_of
 from spakky.plugins.celery.common.task_catalog import TaskCatalog
 from spakky.plugins.celery.common.task_method import BoundTask, TaskMethod, to_bound_task
@@ -43,6 +46,7 @@ from spakky.plugins.celery.error import (
     TaskNotEncodableError,
     TaskNotRegisteredError,
 )
+from spakky.plugins.celery.options import merge_options, unknown_queue
 from spakky.plugins.celery.producer_connections import ProducerConnections
 from spakky.plugins.celery.publisher import Publisher, PublishTimeoutError
 
@@ -55,6 +59,8 @@ _DEFAULT_PUBLISH_TIMEOUT_S: Final = 10.0
 _CELERY_HEADERS_RESERVE: Final = 16 * 1024
 """Bytes of a header frame left to Celery's own headers, whose argument reprs it cuts at about 1 KiB each."""
 
+_NO_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType({})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Envelope:
@@ -65,6 +71,8 @@ class _Envelope:
     kwargs: dict[str, object]
     headers: dict[str, str]
     options: dict[str, object]
+    ignore_result: bool | None
+    """Whether the result is dropped; None: as the task has it."""
     reply_queue: Queue | None
     """Where rpc:// results of the caller's thread go."""
     deadline: float
@@ -88,8 +96,20 @@ class TaskSender:
         self._producers = ProducerConnections(self.celery, self._timeout_s)
         self._publisher = Publisher(self._producers.limit if self.catalog is not None else 1)
 
-    def send(self, bound: BoundTask, args: tuple[object, ...], kwargs: dict[str, object]) -> CeleryTaskResult[Any]:
+    def send(
+        self,
+        bound: BoundTask,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        options: Mapping[str, Any] = _NO_OPTIONS,
+    ) -> CeleryTaskResult[Any]:
         """Dispatch one call and block until the broker has it.
+
+        Args:
+            bound: The task.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+            options: The call's own options, checked.
 
         Raises:
             AbstractTaskDispatchError: If nothing was sent; after TaskDispatchTimeoutError, and TaskDispatchFailedError
@@ -98,7 +118,7 @@ class TaskSender:
             TaskAuthorizationDeniedError: If the caller's identity does not meet the task's requirements.
             AuthSnapshotPropagationSignerUnavailableError: If the identity cannot be signed.
         """
-        envelope = self._prepare(bound, args, kwargs)
+        envelope = self._prepare(bound, args, kwargs, options)
         try:
             return self._to_handle(self._publisher.call(partial(self._publish, envelope), self._timeout_s))
         except PublishTimeoutError:
@@ -109,9 +129,10 @@ class TaskSender:
         bound: BoundTask,
         args: tuple[object, ...],
         kwargs: dict[str, object],
+        options: Mapping[str, Any] = _NO_OPTIONS,
     ) -> CeleryTaskResult[Any]:
         """Same as ``send``, but the event loop goes on meanwhile."""
-        envelope = self._prepare(bound, args, kwargs)
+        envelope = self._prepare(bound, args, kwargs, options)
         try:
             result = await self._publisher.call_async(partial(self._publish, envelope), self._timeout_s)
         except PublishTimeoutError:
@@ -128,17 +149,28 @@ class TaskSender:
         self._publisher.close()
         self._producers.close()
 
-    def _prepare(self, bound: BoundTask, args: tuple[object, ...], kwargs: dict[str, object]) -> _Envelope:
+    def _prepare(
+        self,
+        bound: BoundTask,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        call_options: Mapping[str, Any],
+    ) -> _Envelope:
         method = bound.method
         if self.catalog is not None:
             self.catalog.check_registered(method)
         method.check_arguments(args, kwargs)
+        options = merge_options(method.options, call_options)
+        headers = self._make_headers(bound)
+        if call_options.get("serializer") is not None:
+            headers[SERIALIZER_HEADER] = str(call_options["serializer"])
         return _Envelope(
             method=method,
             args=args,
             kwargs=kwargs,
-            headers=self._make_headers(bound),
-            options=self._make_options(),
+            headers=headers,
+            options=self._make_lineage() | to_publish_options(options),
+            ignore_result=options.get("ignore_result"),
             reply_queue=self._find_reply_queue(),
             deadline=time.monotonic() + self._timeout_s,
         )
@@ -184,7 +216,7 @@ class TaskSender:
                 return
         raise AmbiguousHandlerPodError(bound.method.name, pods)
 
-    def _make_options(self) -> dict[str, object]:
+    def _make_lineage(self) -> dict[str, object]:
         """Read here what Celery reads from thread-local state, which the publishing thread does not have."""
         if self.catalog is None:
             return {}
@@ -211,17 +243,21 @@ class TaskSender:
     def _publish(self, envelope: _Envelope) -> AsyncResult:
         method = envelope.method
         if self.catalog is None:
+            options: dict[str, Any] = envelope.options
             return self.celery.send_task(
                 method.name,
                 args=envelope.args,
                 kwargs=envelope.kwargs,
                 headers=envelope.headers,
+                **options,
             )
         try:
             with self._producers.acquire(self._timeout_s) as producer:
                 return self._publish_with(producer, envelope)
         except TaskDispatchTimeoutError:
             raise
+        except QueueNotFound:
+            raise unknown_queue(method.name, str(envelope.options.get("queue"))) from None
         except (EncodeError, KombuError, OSError) as error:
             raise self._to_dispatch_error(envelope, error) from error
 
@@ -241,14 +277,19 @@ class TaskSender:
             envelope.method.name,
             args=envelope.args,
             kwargs=envelope.kwargs,
-            headers={**envelope.headers, "ignore_result": None},
+            headers={**envelope.headers, "ignore_result": envelope.ignore_result},
             ignore_result=True,
             producer=producer,
             add_to_parent=False,
             **options,
         )
-        result.ignored = False
+        result.ignored = self._is_ignored(envelope)
         return result
+
+    def _is_ignored(self, envelope: _Envelope) -> bool:
+        if envelope.ignore_result is None:
+            return bool(self.celery.conf.task_ignore_result)
+        return envelope.ignore_result
 
     def _check_header_size(self, producer: Producer, envelope: _Envelope) -> None:
         """Refuse headers over the frame limit: the broker drops such a message and closes the connection."""
@@ -260,7 +301,8 @@ class TaskSender:
     def _to_dispatch_error(self, envelope: _Envelope, error: Exception) -> Exception:
         name = envelope.method.name
         if isinstance(error, EncodeError):
-            return TaskNotEncodableError(name, self.celery.conf.task_serializer, str(error))
+            serializer = str(envelope.options.get("serializer") or self.celery.conf.task_serializer)
+            return TaskNotEncodableError(name, serializer, str(error))
         timed_out = isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError)
         if timed_out or time.monotonic() >= envelope.deadline:  # redis-py's timeouts are no TimeoutError
             return self._to_timeout_error(envelope)

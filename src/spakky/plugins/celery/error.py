@@ -6,6 +6,7 @@ The tree::
     +-- InvalidCeleryConfigError            a setting, or its environment variable
     |   +-- InvalidTimezoneError            not an IANA time zone
     +-- InvalidScheduleRouteError           a @schedule that cannot be kept
+    +-- InvalidTaskOptionError              an option of a task or a call that cannot be kept
     +-- UnsupportedTaskMethodError          a method that cannot be a task
     +-- DuplicateTaskNameError              two tasks, one name
     +-- AmbiguousCeleryPodError             two Celery Pods, neither marked
@@ -47,6 +48,7 @@ __all__ = [
     "InvalidApplicationTargetError",
     "InvalidCeleryConfigError",
     "InvalidScheduleRouteError",
+    "InvalidTaskOptionError",
     "InvalidTimezoneError",
     "TaskArgumentsError",
     "TaskAuthorizationDeniedError",
@@ -194,6 +196,31 @@ class InvalidScheduleRouteError(AbstractSpakkyCeleryError):
     expected: str
 
 
+class InvalidTaskOptionError(AbstractSpakkyCeleryError, ValueError):
+    """Raised when an option of a task or of a call is unknown, cannot be used, or contradicts another.
+
+    For ``@task_options`` and ``RetryPolicy`` at import or at start-up, for ``configure`` at the call.
+
+    Args:
+        target: What the option was given to: a method, a class, a task, or RetryPolicy.
+        option: Name of the option.
+        value: ``repr`` of what was given.
+        expected: What would be valid.
+    """
+
+    message = "Task option is invalid"
+    problem = "The options of {target} have {option} = {value}."
+    remedy = "{expected}"
+
+    def __init__(self, target: str = "", option: str = "", value: str = "", expected: str = "") -> None:
+        self._keep(target=target, option=option, value=value, expected=expected)
+
+    target: str
+    option: str
+    value: str
+    expected: str
+
+
 class UnsupportedTaskMethodError(AbstractSpakkyCeleryError):
     """Raised at start-up when a decorated method cannot be a task.
 
@@ -228,7 +255,7 @@ class DuplicateTaskNameError(AbstractSpakkyCeleryError, DuplicateTaskError):
 
     message = "Two tasks have one name"
     problem = "{first} and {second} both have the task name {task!r}."
-    remedy = "Rename one of the handler classes or methods, or move one to a module of its own."
+    remedy = "Rename one of the handler classes or methods, move one to a module of its own, or change name or aliases."
 
     def __init__(self, task: str = "", first: str = "", second: str = "") -> None:
         self._keep(task=task, first=first, second=second)

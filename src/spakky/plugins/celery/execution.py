@@ -4,7 +4,7 @@ from collections.abc import Awaitable
 from contextvars import Context, copy_context
 from inspect import isawaitable
 from logging import getLogger
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from celery import Task
 from spakky.auth.constants import AUTH_CONTEXT_SNAPSHOT_METADATA_KEY
@@ -25,6 +25,7 @@ from spakky.plugins.celery.common.constants import (
     APPLICATION_CONTEXT_ATTRIBUTE,
     CELERY_TASK_CONTEXT_KEY,
     HANDLER_POD_HEADER,
+    SERIALIZER_HEADER,
 )
 from spakky.plugins.celery.common.run_key import key_by_run
 from spakky.plugins.celery.common.task_body import run_awaitable
@@ -67,11 +68,27 @@ class TaskExecution:
             kwargs: Keyword arguments as they came from the wire.
 
         Raises:
-            celery.exceptions.Retry: If an authorization provider failed.
+            celery.exceptions.Retry: If an authorization provider failed, or the body did, and the task's policy allows
+                for a retry.
             TaskAuthorizationDeniedError: If the identity does not meet the requirements of the task, or of what it
                 calls.
             TaskArgumentsError: If the arguments do not fit the method.
         """
+        try:
+            return self._run_once(task, method, args, kwargs)
+        except Exception as error:
+            policy = method.options.get("retry")
+            if policy is None or not policy.is_worth_retrying(error):
+                raise
+            raise _retry(task, method, error) from error
+
+    def _run_once(
+        self,
+        task: Task,
+        method: TaskMethod,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> object:
         context = copy_context()
         try:
             context.run(self._enter, task, method)
@@ -96,8 +113,7 @@ class TaskExecution:
         except AuthRequirementDeniedError as error:
             if not is_retryable_auth_failure(error):
                 raise
-            countdown = task.default_retry_delay * _RETRY_GROWTH**task.request.retries
-            raise task.retry(exc=error, countdown=countdown) from error
+            raise _retry(task, method, error) from error
 
     def _call(self, task: Task, method: TaskMethod, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         """Call the method; what it returns may have to be awaited in the same context."""
@@ -157,6 +173,25 @@ class TaskExecution:
             return self._application_context.get(method.handler)
         except NoUniquePodError:
             raise AmbiguousHandlerPodError(method.name, self._catalog.pods_of(method.handler)) from None
+
+
+def _retry(task: Task, method: TaskMethod, error: Exception) -> Exception:
+    """Send the message again, as it came, through Celery's own retry, which knows how often that was done.
+
+    Returns:
+        What to raise. Where no retry is left, the error is raised here.
+    """
+    request = task.request
+    policy = method.options.get("retry")
+    if policy is None:
+        delay_s = task.default_retry_delay * _RETRY_GROWTH**request.retries
+    else:
+        delay_s = policy.delay_s(request.retries)
+    # Celery would make these three anew: the texts from arguments that may be secret, the others as the task has them.
+    kept = {"argsrepr": request.get("argsrepr"), "kwargsrepr": request.get("kwargsrepr")}
+    kept |= {"compression": request.get("compression"), "serializer": (request.headers or {}).get(SERIALIZER_HEADER)}
+    kept = {name: value for name, value in kept.items() if value is not None}
+    return cast("Exception", task.retry(exc=error, countdown=delay_s, **kept))
 
 
 def release_traceback(sender: Task, retval: object, **_: object) -> None:

@@ -23,6 +23,12 @@ from spakky.core.service.interfaces.service import IService
 from spakky.task.stereotype.task_handler import TaskHandler
 
 from spakky.plugins.celery.auth import AuthPorts
+from spakky.plugins.celery.common.celery_options import (
+    check_beside_settings,
+    select_named_queues,
+    to_publish_options,
+    to_task_attributes,
+)
 from spakky.plugins.celery.common.constants import (
     APPLICATION_CONTEXT_ATTRIBUTE,
     ASYNC_BODY_ATTRIBUTE,
@@ -32,7 +38,11 @@ from spakky.plugins.celery.common.green_threads import check_worker
 from spakky.plugins.celery.common.late_binding import LateBoundPod
 from spakky.plugins.celery.common.task_catalog import TaskCatalog
 from spakky.plugins.celery.common.task_method import TaskMethod, to_own_class, to_qualified_name
-from spakky.plugins.celery.error import AmbiguousCeleryPodError, DuplicateTaskNameError, InvalidScheduleRouteError
+from spakky.plugins.celery.error import (
+    AmbiguousCeleryPodError,
+    DuplicateTaskNameError,
+    InvalidScheduleRouteError,
+)
 from spakky.plugins.celery.execution import TaskExecution, release_traceback
 from spakky.plugins.celery.keyword_guard import guard_keywords
 from spakky.plugins.celery.schedule import to_celery_schedule
@@ -149,9 +159,9 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
         signals.beat_init.disconnect(self._merge_into_scheduler)
         if self._celery is None:
             return
-        for method in self._catalog:
-            if self._is_ours(self._celery.tasks.get(method.name)):
-                self._celery.tasks.unregister(method.name)
+        for name in (name for method in self._catalog for name in (method.name, *method.aliases)):
+            if self._is_ours(self._celery.tasks.get(name)):
+                self._celery.tasks.unregister(name)
         beat_schedule: Mapping[str, object] = self._celery.conf.beat_schedule
         self._celery.conf.beat_schedule = {
             name: entry for name, entry in beat_schedule.items() if entry is not self._entries.get(name)
@@ -211,28 +221,31 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
     def _register(self, handler: type) -> None:
         celery = self._resolve_celery()
         for method in self._catalog.methods_of(handler):
-            self._register_task(celery, method)
+            check_beside_settings(celery, method)
+            for name in (method.name, *method.aliases):
+                self._register_task(celery, method, name)
             if method.schedule is not None:
                 self._schedule(celery, method)
             logger.debug("Registered task %r", method.name)
         self._merge_schedule(celery)
 
-    def _register_task(self, celery: Celery, method: TaskMethod) -> None:
-        known = celery.tasks.get(method.name)
+    def _register_task(self, celery: Celery, method: TaskMethod, name: str) -> None:
+        known = celery.tasks.get(name)
         if self._is_ours(known):
             return
         if known is not None:
             if not hasattr(known, APPLICATION_CONTEXT_ATTRIBUTE):
-                raise DuplicateTaskNameError(method.name, f"{known.__module__} (a plain Celery task)", method.location)
-            celery.tasks.unregister(method.name)
+                raise DuplicateTaskNameError(name, f"{known.__module__} (a plain Celery task)", method.location)
+            celery.tasks.unregister(name)
+        attributes = {"default_retry_delay": _RETRY_DELAY_S, **to_task_attributes(method.options)}
         celery.task(
             self._make_body(method),
             bind=True,
-            name=method.name,
+            name=name,
             shared=False,
             lazy=False,
             typing=False,
-            default_retry_delay=_RETRY_DELAY_S,
+            **attributes,
             **{APPLICATION_CONTEXT_ATTRIBUTE: self._context, ASYNC_BODY_ATTRIBUTE: method.is_async},
         )
 
@@ -268,12 +281,14 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
             app=celery,
         )
         pods = self._catalog.pods_of(method.handler)
-        entry: dict[str, object] = {"task": method.name, "schedule": schedule}
+        options = to_publish_options(method.options)
+        entry = {"task": method.name, "schedule": schedule, "options": options}
         if len(pods) == 1:
             self._entries[method.name] = entry
             return
         for pod in pods:
-            self._entries[f"{method.name}[{pod}]"] = {**entry, "options": {"headers": {HANDLER_POD_HEADER: pod}}}
+            named = {**options, "headers": {HANDLER_POD_HEADER: pod}}
+            self._entries[f"{method.name}[{pod}]"] = {**entry, "options": named}
 
     def _connect_signals(self) -> None:
         """Merge again when a worker or beat has imported its modules: beat_schedule may have been assigned since."""
@@ -281,6 +296,15 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
         signals.beat_init.connect(self._merge_into_scheduler)
         signals.task_postrun.connect(release_traceback)
         signals.celeryd_init.connect(check_worker)
+        signals.celeryd_init.connect(self._consume_named_queues)
+
+    def _consume_named_queues(self, instance: Any, **_: object) -> None:
+        """Have a worker consume what its tasks' options name, or their messages would wait there, and nobody knew.
+
+        ``-Q`` comes later and chooses among all queues.
+        """
+        if self._celery is not None and instance.app is self._celery:
+            select_named_queues(self._celery, self._catalog)
 
     def _merge_schedule(self, sender: Celery, **_: object) -> None:
         """Add our entries to the app's own dict of them; an entry of the user's with the same name stays.

@@ -11,6 +11,7 @@ __all__ = [
     "DEFAULT_CONCURRENCY",
     "DEFAULT_CONCURRENCY_SETTING",
     "HANDLER_POD_HEADER",
+    "SERIALIZER_HEADER",
     "WORKER_THREADS_SETTING",
 ]
 
@@ -19,6 +20,9 @@ CELERY_TASK_CONTEXT_KEY: Final = "__celery_task__"
 
 HANDLER_POD_HEADER: Final = "spakky.celery.pod"
 """Header that names the handler Pod to run on. Present only where one handler class has several Pods."""
+
+SERIALIZER_HEADER: Final = "spakky.celery.serializer"
+"""Header that names the format of a message whose call chose one, so that its retries keep it."""
 
 APPLICATION_CONTEXT_ATTRIBUTE: Final = "spakky_application_context"
 """Attribute of our Celery tasks: the application context that they belong to."""

@@ -17,6 +17,7 @@ class TaskCatalog:
 
     def __init__(self) -> None:
         self._methods: dict[str, TaskMethod] = {}
+        self._names: dict[str, TaskMethod] = {}
         self._pods: dict[type, list[str]] = {}
 
     def __iter__(self) -> Iterator[TaskMethod]:
@@ -34,9 +35,11 @@ class TaskCatalog:
             UnsupportedTaskMethodError: If a decorated member cannot be a task.
         """
         for method in find_task_methods(handler):
-            known = self._methods.setdefault(method.name, method)
-            if known.handler is not handler:
-                raise DuplicateTaskNameError(method.name, known.location, method.location)
+            for name in (method.name, *method.aliases):
+                known = self._names.setdefault(name, method)
+                if (known.handler, known.attribute) != (handler, method.attribute):
+                    raise DuplicateTaskNameError(name, known.location, method.location)
+            self._methods.setdefault(method.name, method)
         pods = self._pods.setdefault(handler, [])
         if pod_name not in pods:
             pods.append(pod_name)

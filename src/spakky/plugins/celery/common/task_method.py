@@ -26,6 +26,7 @@ from spakky.task.stereotype.schedule import ScheduleRoute
 from spakky.task.stereotype.task_handler import TaskRoute
 
 from spakky.plugins.celery.error import TaskArgumentsError, UnsupportedTaskMethodError
+from spakky.plugins.celery.options import TaskOptions, own_options, resolve_options
 
 __all__ = [
     "HOST_PARAMETER_NAMES",
@@ -53,13 +54,20 @@ class TaskMethod:
     function: FunctionType
     """The function behind it."""
     name: str
-    """Name on the wire: ``<module>.<handler qualname>.<method>``."""
+    """Name on the wire: what its options say, else ``<module>.<handler qualname>.<method>``."""
     is_task: bool
     """Whether callers can dispatch it. False for a method that only beat runs."""
     schedule: ScheduleRoute | None
     """When beat runs it, or None."""
     signature: Signature
     """Parameters without ``self``."""
+    options: TaskOptions
+    """What ``@task_options`` says of it, on its class and on itself; what nobody set is absent."""
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Further names that workers know it by."""
+        return self.options.get("aliases", ())
 
     @property
     def is_async(self) -> bool:
@@ -135,10 +143,12 @@ def find_task_methods(handler: type) -> Iterator[TaskMethod]:
     """Find the tasks of a handler class, inherited ones and overrides without the decorator included.
 
     Raises:
-        UnsupportedTaskMethodError: If a decorated member cannot be a task.
+        UnsupportedTaskMethodError: If a decorated member cannot be a task, or one that is none has options of a task.
     """
-    for attribute in _find_decorated_attributes(handler):
+    decorated = _find_decorated_attributes(handler)
+    for attribute in decorated:
         _check_supported(handler, attribute, getattr_static(handler, attribute))
+    _refuse_options_without_task(handler, decorated)
     yield from _task_methods_by_function(handler).values()
 
 
@@ -174,16 +184,17 @@ def _is_decorated(member: object) -> bool:
 
 def _metadata_sources(member: object) -> list[object]:
     """List what may carry Spakky's metadata: the member, and the function inside a classmethod or staticmethod."""
-    candidates = [member]
-    if isinstance(member, classmethod | staticmethod):
-        candidates.append(member.__func__)
-    return [source for source in candidates if ANNOTATION_METADATA in _own_attributes(source)]
+    return [source for source in _to_sources(member) if ANNOTATION_METADATA in _own_attributes(source)]
+
+
+def _to_sources(member: object) -> list[object]:
+    if isinstance(member, type):
+        return []
+    return [member, member.__func__] if isinstance(member, classmethod | staticmethod) else [member]
 
 
 def _own_attributes(member: object) -> Mapping[str, object]:
     """Read an object's attributes past its ``__getattr__``: class attributes may be anything, mocks included."""
-    if isinstance(member, type):
-        return {}
     try:
         return cast("Mapping[str, object]", object.__getattribute__(member, "__dict__"))
     except AttributeError:
@@ -219,14 +230,16 @@ def _to_task_method(handler: type, attribute: str, function: FunctionType) -> Ta
     parameters = list(signature(function).parameters.values())
     if parameters and parameters[0].kind is not Parameter.VAR_POSITIONAL:
         del parameters[0]
+    options = resolve_options(handler, attribute)
     return TaskMethod(
         handler=handler,
         attribute=attribute,
         function=function,
-        name=f"{to_qualified_name(handler)}.{attribute}",
+        name=options.get("name", f"{to_qualified_name(handler)}.{attribute}"),
         is_task=is_task,
         schedule=schedule,
         signature=Signature(parameters),
+        options=options,
     )
 
 
@@ -255,6 +268,15 @@ def _check_supported(handler: type, attribute: str, member: object) -> None:
         reason = "it is a generator, whose values cannot be a result."
         raise UnsupportedTaskMethodError(owner, attribute, reason, "Return a list, or dispatch one task per value.")
     _check_parameters(owner, attribute, list(signature(member).parameters.values()))
+
+
+def _refuse_options_without_task(handler: type, decorated: list[str]) -> None:
+    members = {name: member for class_ in handler.__mro__ for name, member in vars(class_).items()}
+    for name in members.keys() - set(decorated):
+        if any(own_options(source) for source in _to_sources(members[name])):
+            reason = "it has @task_options, and neither @task nor @schedule."
+            instead = "Add @task, or take @task_options away."
+            raise UnsupportedTaskMethodError(to_qualified_name(handler), name, reason, instead)
 
 
 def _check_parameters(owner: str, attribute: str, parameters: list[Parameter]) -> None:
