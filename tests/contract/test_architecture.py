@@ -15,7 +15,17 @@ from spakky.core.pod.annotations.pod import Pod
 
 PACKAGE = "spakky.plugins.celery"
 
-SENDING = {"aspects", "aspects.task_dispatch", "dispatch", "keyword_guard", "producer_connections", "publisher"}
+SENDING = {
+    "after_commit",
+    "aspects",
+    "aspects.task_dispatch",
+    "aspects.transactions",
+    "batch",
+    "dispatch",
+    "keyword_guard",
+    "producer_connections",
+    "publisher",
+}
 RUNNING = {"execution", "post_processor"}
 WORKER_LIFE = {
     "worker",
@@ -185,6 +195,7 @@ def test_pod_modules_are_found() -> None:
     """The next test looks at the modules that matter."""
     assert {name for name in FILES if is_pod_module(name)} == {
         "aspects.task_dispatch",
+        "aspects.transactions",
         "common.config",
         "common.task_catalog",
         "common.task_loop",

@@ -77,6 +77,13 @@ FACTS: dict[str, dict[str, Any]] = {
         "reason": "Object of type object is not JSON serializable",
     },
     "TaskMessageTooLargeError": {"task": "shop.Mailer.write", "size": 162088, "limit": 114688},
+    "TaskBatchIncompleteError": {
+        "task": "shop.Mailer.write",
+        "total": 100,
+        "sent": 60,
+        "unknown": 1,
+        "reason": "Connection closed by server.",
+    },
     "TaskDispatchFailedError": {
         "task": "shop.Mailer.write",
         "broker": "redis://:**@127.0.0.1:1/0",
@@ -111,6 +118,7 @@ HOST_BASES: dict[str, tuple[type[BaseException], ...]] = {
     "TaskArgumentsError": (errors.AbstractTaskDispatchError, TypeError),
     "TaskNotEncodableError": (errors.AbstractTaskDispatchError,),
     "TaskMessageTooLargeError": (errors.AbstractTaskDispatchError,),
+    "TaskBatchIncompleteError": (errors.AbstractTaskDispatchError,),
     "TaskDispatchFailedError": (errors.AbstractTaskDispatchError, ConnectionError),
     "TaskDispatchTimeoutError": (errors.AbstractTaskDispatchError, TimeoutError),
     "TaskResultTimeoutError": (TimeoutError,),

@@ -151,7 +151,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
     "common.customizer": ["CeleryCustomizer"],
     "common.task_result": ["CeleryTaskResult"],
     "worker.pool": ["AsyncioPool"],
-    "dispatch": ["PUBLISH_TIMEOUT_SETTING", "TaskDispatcher", "TaskSender"],
+    "dispatch": ["PUBLISH_TIMEOUT_SETTING", "ConfiguredTask", "TaskDispatcher", "TaskSender"],
     "error": [
         "AbstractSpakkyCeleryError",
         "AbstractTaskDispatchError",
@@ -166,6 +166,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "InvalidTimezoneError",
         "TaskArgumentsError",
         "TaskAuthorizationDeniedError",
+        "TaskBatchIncompleteError",
         "TaskBodyCancelledError",
         "TaskCallerUnauthenticatedError",
         "TaskDispatchFailedError",

@@ -21,9 +21,8 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
-from amqp.exceptions import NotFound
 from celery import Celery
-from kombu import Connection, Queue, pools
+from kombu import Connection, pools
 from spakky.auth.startup import AuthSnapshotPropagationConfig
 from spakky.core.application.application import SpakkyApplication
 from spakky.tracing import TraceContext
@@ -43,6 +42,7 @@ from spakky.plugins.celery.error import (
 from support.brokers import AMQP_URL, REDIS_URL, require_server
 from support.calling_app import CONNECTION_TIMEOUT, QUEUE_ARGUMENTS, Work, create_small_app
 from support.fixtures import Bench, bench, celery_of
+from support.messages import taken_from
 from support.probe import Calls, Greeter
 from support.processes import TESTS, make_environment, wait_until
 from support.servers import frozen_server, refusing_port
@@ -214,17 +214,6 @@ def drop(broker_url: str, queue: str) -> None:
             channel.exchange_delete(queue)
         else:
             channel.client.delete(queue, f"_kombu.binding.{queue}")
-
-
-def taken_from(broker_url: str, queue: str) -> list[Any]:
-    """Take every message from a queue; a queue that was never declared has none."""
-    messages = []
-    with Connection(broker_url) as connection:
-        bound = Queue(queue).bind(connection.default_channel)
-        with suppress(NotFound):
-            while (message := bound.get(no_ack=True)) is not None:
-                messages.append(message)
-    return messages
 
 
 def assert_tells_enough(error: AbstractTaskDispatchError, name: str, port: int | None) -> None:

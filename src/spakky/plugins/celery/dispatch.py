@@ -2,13 +2,15 @@
 
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import batched
 from types import MappingProxyType
-from typing import Any, Final, cast, overload, override
+from typing import Any, Final, Unpack, cast, overload, override
 
-from amqp.serialization import dumps
+from amqp.serialization import dumps as dumps_amqp
 from celery import Celery
 from celery.exceptions import QueueNotFound
 from celery.result import AsyncResult
@@ -16,21 +18,24 @@ from kombu.common import maybe_declare
 from kombu.entity import Queue
 from kombu.exceptions import EncodeError, KombuError
 from kombu.messaging import Producer
+from kombu.serialization import dumps
+from kombu.utils.uuid import uuid
 from spakky.auth.ports import IAuthContextSnapshotSigner
 from spakky.auth.startup import AuthSnapshotPropagationConfig, effective_auth_snapshot_propagation_config
 from spakky.core.pod.annotations.pod import Pod
 from spakky.core.pod.interfaces.application_context import IApplicationContext
 from spakky.core.pod.interfaces.aware.application_context_aware import IApplicationContextAware
 from spakky.core.service.interfaces.service import IService
-from spakky.task.interfaces.task_result import ITaskResult
 from spakky.tracing.propagator import ITracePropagator
 
+from spakky.plugins.celery.after_commit import Deferred, find_open
 from spakky.plugins.celery.auth import (
     AuthPorts,
     authorize_caller,
     inject_auth_context_snapshot,
     to_auth_metadata,
 )
+from spakky.plugins.celery.batch import BatchProgress
 from spakky.plugins.celery.common.celery_options import to_publish_options
 from spakky.plugins.celery.common.constants import HANDLER_POD_HEADER, SERIALIZER_HEADER
 from spakky.plugins.celery.common.result_waiter import REDIS_MODULE, is_of
@@ -38,19 +43,27 @@ from spakky.plugins.celery.common.task_catalog import TaskCatalog
 from spakky.plugins.celery.common.task_method import BoundTask, TaskMethod, to_bound_task
 from spakky.plugins.celery.common.task_result import CeleryTaskResult
 from spakky.plugins.celery.error import (
+    AbstractSpakkyCeleryError,
     AmbiguousHandlerPodError,
     AuthSnapshotPropagationSignerUnavailableError,
+    TaskBatchIncompleteError,
     TaskDispatchFailedError,
     TaskDispatchTimeoutError,
     TaskMessageTooLargeError,
     TaskNotEncodableError,
     TaskNotRegisteredError,
 )
-from spakky.plugins.celery.options import merge_options, unknown_queue
+from spakky.plugins.celery.options import (
+    CallOptions,
+    check_call_options,
+    check_time_limits,
+    merge_options,
+    unknown_queue,
+)
 from spakky.plugins.celery.producer_connections import ProducerConnections
 from spakky.plugins.celery.publisher import Publisher, PublishTimeoutError
 
-__all__ = ["PUBLISH_TIMEOUT_SETTING", "TaskDispatcher", "TaskSender"]
+__all__ = ["PUBLISH_TIMEOUT_SETTING", "ConfiguredTask", "TaskDispatcher", "TaskSender"]
 
 PUBLISH_TIMEOUT_SETTING: Final = "spakky_publish_timeout"
 """Celery setting, in seconds, that bounds a dispatch. ``CeleryConfig`` sets it; 10 s where nothing does."""
@@ -58,6 +71,9 @@ PUBLISH_TIMEOUT_SETTING: Final = "spakky_publish_timeout"
 _DEFAULT_PUBLISH_TIMEOUT_S: Final = 10.0
 _CELERY_HEADERS_RESERVE: Final = 16 * 1024
 """Bytes of a header frame left to Celery's own headers, whose argument reprs it cuts at about 1 KiB each."""
+
+_BATCH: Final = 50
+"""Messages that are published within one publish timeout."""
 
 _NO_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType({})
 
@@ -75,6 +91,7 @@ class _Envelope:
     """Whether the result is dropped; None: as the task has it."""
     reply_queue: Queue | None
     """Where rpc:// results of the caller's thread go."""
+    task_id: str
     deadline: float
     """Monotonic time after which the caller has been told that it failed, so that it must not be sent any more."""
 
@@ -119,6 +136,8 @@ class TaskSender:
             AuthSnapshotPropagationSignerUnavailableError: If the identity cannot be signed.
         """
         envelope = self._prepare(bound, args, kwargs, options)
+        if self._defer([envelope], options):
+            return self._to_handle(self._make_result(envelope))
         try:
             return self._to_handle(self._publisher.call(partial(self._publish, envelope), self._timeout_s))
         except PublishTimeoutError:
@@ -133,11 +152,64 @@ class TaskSender:
     ) -> CeleryTaskResult[Any]:
         """Same as ``send``, but the event loop goes on meanwhile."""
         envelope = self._prepare(bound, args, kwargs, options)
+        if self._defer([envelope], options):
+            return self._to_handle(self._make_result(envelope))
         try:
             result = await self._publisher.call_async(partial(self._publish, envelope), self._timeout_s)
         except PublishTimeoutError:
             raise self._to_timeout_error(envelope) from None
         return self._to_handle(result)
+
+    def send_many(
+        self,
+        bound: BoundTask,
+        calls: Iterable[tuple[object, ...]],
+        options: Mapping[str, Any] = _NO_OPTIONS,
+    ) -> list[CeleryTaskResult[Any]]:
+        """Dispatch several calls of one task, in order, and block until the broker has them.
+
+        Every call is checked before the first message is sent.
+
+        Args:
+            bound: The task.
+            calls: The arguments of each call.
+            options: The calls' own options, checked.
+
+        Raises:
+            TaskBatchIncompleteError: If not all were sent.
+            AbstractTaskDispatchError: If a call cannot be sent; a note says which one. Nothing was sent.
+        """
+        envelopes = self._prepare_many(bound, calls, options)
+        if not self._defer(envelopes, options):
+            self.send_deferred(envelopes)
+        return [self._to_handle(self._make_result(envelope)) for envelope in envelopes]
+
+    async def send_many_async(
+        self,
+        bound: BoundTask,
+        calls: Iterable[tuple[object, ...]],
+        options: Mapping[str, Any] = _NO_OPTIONS,
+    ) -> list[CeleryTaskResult[Any]]:
+        """Same as ``send_many``, but the event loop goes on meanwhile."""
+        envelopes = self._prepare_many(bound, calls, options)
+        if not self._defer(envelopes, options):
+            await self.send_deferred_async(envelopes)
+        return [self._to_handle(self._make_result(envelope)) for envelope in envelopes]
+
+    def send_deferred(self, envelopes: Sequence[_Envelope]) -> None:
+        """Send what was prepared before, in order."""
+        progress = BatchProgress()
+        for batch in batched(envelopes, _BATCH):
+            with self._telling_what_was_sent(envelopes, progress):
+                self._publisher.call(partial(self._publish_batch, self._renew(batch), progress), self._timeout_s)
+
+    async def send_deferred_async(self, envelopes: Sequence[_Envelope]) -> None:
+        """Same as ``send_deferred``, but the event loop goes on meanwhile."""
+        progress = BatchProgress()
+        for batch in batched(envelopes, _BATCH):
+            with self._telling_what_was_sent(envelopes, progress):
+                publish = partial(self._publish_batch, self._renew(batch), progress)
+                await self._publisher.call_async(publish, self._timeout_s)
 
     def load(self) -> None:
         """Import the libraries of broker and result back end, so that the first dispatch stalls no event loop."""
@@ -172,8 +244,62 @@ class TaskSender:
             options=self._make_lineage() | to_publish_options(options),
             ignore_result=options.get("ignore_result"),
             reply_queue=self._find_reply_queue(),
+            task_id=uuid(),
             deadline=time.monotonic() + self._timeout_s,
         )
+
+    def _prepare_many(
+        self,
+        bound: BoundTask,
+        calls: Iterable[tuple[object, ...]],
+        options: Mapping[str, Any],
+    ) -> list[_Envelope]:
+        envelopes = []
+        for position, args in enumerate(calls):
+            try:
+                envelope = self._prepare(bound, args, {}, options)
+                self._check_encodable(envelope)
+            except AbstractSpakkyCeleryError as error:
+                error.add_note(f"It is call {position} of the batch, counted from 0; none was sent.")
+                raise
+            envelopes.append(envelope)
+        return envelopes
+
+    def _check_encodable(self, envelope: _Envelope) -> None:
+        serializer = str(envelope.options.get("serializer") or self.celery.conf.task_serializer)
+        try:
+            dumps((envelope.args, envelope.kwargs), serializer=serializer)
+        except EncodeError as error:
+            raise self._to_dispatch_error(envelope, error) from error
+
+    def _defer(self, envelopes: Sequence[_Envelope], options: Mapping[str, Any]) -> bool:
+        """Let messages wait for the transaction that is open here, if they are to."""
+        transaction = find_open() if options.get("after_commit") else None
+        if transaction is None:
+            return False
+        transaction.pending += [Deferred(self, envelope) for envelope in envelopes]
+        return True
+
+    def _renew(self, envelopes: Iterable[_Envelope]) -> list[_Envelope]:
+        """Begin the publish timeout anew: what waited for a commit, or for others of a batch, has its own time."""
+        deadline = time.monotonic() + self._timeout_s
+        return [replace(envelope, deadline=deadline) for envelope in envelopes]
+
+    @contextmanager
+    def _telling_what_was_sent(self, envelopes: Sequence[_Envelope], progress: BatchProgress) -> Iterator[None]:
+        try:
+            yield
+        except PublishTimeoutError:
+            raise self._to_incomplete(envelopes, progress, self._to_timeout_error(envelopes[0])) from None
+        except Exception as error:
+            raise self._to_incomplete(envelopes, progress, error) from error
+
+    def _to_incomplete(self, envelopes: Sequence[_Envelope], progress: BatchProgress, error: Exception) -> Exception:
+        if len(envelopes) == 1:
+            return error
+        reason = getattr(error, "reason", None) or str(error).partition("\n")[0]
+        unknown = progress.count_unknown(error)
+        return TaskBatchIncompleteError(envelopes[0].method.name, len(envelopes), progress.sent, unknown, reason)
 
     def _make_headers(self, bound: BoundTask) -> dict[str, str]:
         headers: dict[str, str] = {}
@@ -240,25 +366,42 @@ class TaskSender:
             result.backend = self.celery.backend
         return CeleryTaskResult(result)
 
+    def _make_result(self, envelope: _Envelope) -> AsyncResult:
+        result = self.celery.AsyncResult(envelope.task_id)
+        result.ignored = self._is_ignored(envelope)
+        return result
+
     def _publish(self, envelope: _Envelope) -> AsyncResult:
-        method = envelope.method
         if self.catalog is None:
             options: dict[str, Any] = envelope.options
             return self.celery.send_task(
-                method.name,
+                envelope.method.name,
                 args=envelope.args,
                 kwargs=envelope.kwargs,
                 headers=envelope.headers,
                 **options,
             )
+        with self._translating(envelope), self._producers.acquire(self._timeout_s) as producer:
+            return self._publish_with(producer, envelope)
+
+    def _publish_batch(self, envelopes: list[_Envelope], progress: BatchProgress) -> None:
+        with self._translating(envelopes[0]), self._producers.acquire(self._timeout_s) as producer:
+            for envelope in envelopes:
+                with self._translating(envelope), progress.sending():
+                    self._publish_with(producer, envelope)
+
+    @contextmanager
+    def _translating(self, envelope: _Envelope) -> Iterator[None]:
+        """Raise what the hosts raise as errors of this package."""
         try:
-            with self._producers.acquire(self._timeout_s) as producer:
-                return self._publish_with(producer, envelope)
+            yield
         except TaskDispatchTimeoutError:
             raise
         except QueueNotFound:
-            raise unknown_queue(method.name, str(envelope.options.get("queue"))) from None
+            raise unknown_queue(envelope.method.name, str(envelope.options.get("queue"))) from None
         except (EncodeError, KombuError, OSError) as error:
+            if isinstance(error, AbstractSpakkyCeleryError):
+                raise
             raise self._to_dispatch_error(envelope, error) from error
 
     def _publish_with(self, producer: Producer, envelope: _Envelope) -> AsyncResult:
@@ -279,6 +422,7 @@ class TaskSender:
             kwargs=envelope.kwargs,
             headers={**envelope.headers, "ignore_result": envelope.ignore_result},
             ignore_result=True,
+            task_id=envelope.task_id,
             producer=producer,
             add_to_parent=False,
             **options,
@@ -294,7 +438,7 @@ class TaskSender:
     def _check_header_size(self, producer: Producer, envelope: _Envelope) -> None:
         """Refuse headers over the frame limit: the broker drops such a message and closes the connection."""
         limit = producer.channel.connection.frame_max - _CELERY_HEADERS_RESERVE
-        size = len(dumps("F", [envelope.headers]))
+        size = len(dumps_amqp("F", [envelope.headers]))
         if size > limit:
             raise TaskMessageTooLargeError(envelope.method.name, size, limit)
 
@@ -320,6 +464,45 @@ class TaskSender:
         return float(self.celery.conf.get(PUBLISH_TIMEOUT_SETTING) or _DEFAULT_PUBLISH_TIMEOUT_S)
 
 
+class ConfiguredTask[**P, R]:
+    """A task method with options for its calls: what ``TaskDispatcher.configure`` gives. Call it as the method itself.
+
+    It can be kept and called any number of times, by any thread.
+    """
+
+    def __init__(self, sender: TaskSender, bound: BoundTask, options: CallOptions) -> None:
+        """Check the options; ``TaskDispatcher.configure`` calls this.
+
+        Raises:
+            InvalidTaskOptionError: If an option cannot be used.
+        """
+        name = bound.method.name
+        check_call_options(name, options, sender.celery.conf.accept_content)
+        check_time_limits(name, merge_options(bound.method.options, options))
+        self._sender = sender
+        self._bound = bound
+        self._options = MappingProxyType(dict(options))
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> CeleryTaskResult[R]:
+        """Dispatch one call and block until the broker has it, as ``TaskDispatcher.dispatch`` does.
+
+        With ``after_commit`` inside of a transaction nothing is sent yet, and a result comes only if it commits.
+        """
+        return self._sender.send(self._bound, args, kwargs, self._options)
+
+    async def dispatch_async(self, *args: P.args, **kwargs: P.kwargs) -> CeleryTaskResult[R]:
+        """Same as a call, but the event loop goes on meanwhile."""
+        return await self._sender.send_async(self._bound, args, kwargs, self._options)
+
+    def dispatch_many(self, calls: Iterable[tuple[Any, ...]]) -> list[CeleryTaskResult[R]]:
+        """Dispatch several calls, as ``TaskDispatcher.dispatch_many`` does."""
+        return self._sender.send_many(self._bound, calls, self._options)
+
+    async def dispatch_many_async(self, calls: Iterable[tuple[Any, ...]]) -> list[CeleryTaskResult[R]]:
+        """Same as ``dispatch_many``, but the event loop goes on meanwhile."""
+        return await self._sender.send_many_async(self._bound, calls, self._options)
+
+
 @Pod()
 class TaskDispatcher(IApplicationContextAware, IService):
     """Dispatches tasks, anywhere: one per application context.
@@ -338,18 +521,47 @@ class TaskDispatcher(IApplicationContextAware, IService):
         self._application_context = application_context
 
     @overload
+    def configure[**P, R](
+        self,
+        method: Callable[P, Coroutine[Any, Any, R]],
+        /,
+        **options: Unpack[CallOptions],
+    ) -> ConfiguredTask[P, R]: ...
+
+    @overload
+    def configure[**P, R](
+        self,
+        method: Callable[P, R],
+        /,
+        **options: Unpack[CallOptions],
+    ) -> ConfiguredTask[P, R]: ...
+
+    def configure(self, method: Callable[..., object], /, **options: Unpack[CallOptions]) -> ConfiguredTask[..., Any]:
+        """Give calls of a task method options of their own; what is returned takes the method's arguments.
+
+        Args:
+            method: A ``@task`` method, taken from a handler Pod.
+            **options: See ``CallOptions``; they win over those of ``@task_options``, and None takes one back.
+
+        Raises:
+            InvalidTaskOptionError: If an option is unknown, cannot be used, or contradicts another one.
+            TaskNotRegisteredError: If this is no task method.
+        """
+        return ConfiguredTask(self.sender, _to_task(method), options)
+
+    @overload
     def dispatch[**P, R](
         self,
         method: Callable[P, Coroutine[Any, Any, R]],
         /,
         *args: P.args,
         **kwargs: P.kwargs,
-    ) -> ITaskResult[R]: ...
+    ) -> CeleryTaskResult[R]: ...
 
     @overload
-    def dispatch[**P, R](self, method: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> ITaskResult[R]: ...
+    def dispatch[**P, R](self, method: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> CeleryTaskResult[R]: ...
 
-    def dispatch(self, method: Callable[..., object], /, *args: object, **kwargs: object) -> ITaskResult[Any]:
+    def dispatch(self, method: Callable[..., object], /, *args: object, **kwargs: object) -> CeleryTaskResult[Any]:
         """Dispatch a task method of a handler and block until the broker has it.
 
         Args:
@@ -369,7 +581,7 @@ class TaskDispatcher(IApplicationContextAware, IService):
         /,
         *args: P.args,
         **kwargs: P.kwargs,
-    ) -> ITaskResult[R]: ...
+    ) -> CeleryTaskResult[R]: ...
 
     @overload
     async def dispatch_async[**P, R](
@@ -378,7 +590,7 @@ class TaskDispatcher(IApplicationContextAware, IService):
         /,
         *args: P.args,
         **kwargs: P.kwargs,
-    ) -> ITaskResult[R]: ...
+    ) -> CeleryTaskResult[R]: ...
 
     async def dispatch_async(
         self,
@@ -386,9 +598,73 @@ class TaskDispatcher(IApplicationContextAware, IService):
         /,
         *args: object,
         **kwargs: object,
-    ) -> ITaskResult[Any]:
+    ) -> CeleryTaskResult[Any]:
         """Same as ``dispatch``, but the event loop goes on meanwhile."""
         return await self.sender.send_async(_to_task(method), args, kwargs)
+
+    @overload
+    def dispatch_many[*Ts, R](
+        self,
+        method: Callable[[*Ts], Coroutine[Any, Any, R]],
+        calls: Iterable[tuple[*Ts]],
+        /,
+    ) -> list[CeleryTaskResult[R]]: ...
+
+    @overload
+    def dispatch_many[*Ts, R](
+        self,
+        method: Callable[[*Ts], R],
+        calls: Iterable[tuple[*Ts]],
+        /,
+    ) -> list[CeleryTaskResult[R]]: ...
+
+    def dispatch_many(
+        self,
+        method: Callable[..., object],
+        calls: Iterable[tuple[Any, ...]],
+        /,
+    ) -> list[CeleryTaskResult[Any]]:
+        """Dispatch a task method several times, in order, and block until the broker has all messages.
+
+        Every call is checked before the first message is sent; they go out over one connection.
+
+        Args:
+            method: A ``@task`` method, taken from a handler Pod.
+            calls: The method's own arguments of each call, by position.
+
+        Returns:
+            One handle for each call, in order.
+
+        Raises:
+            TaskBatchIncompleteError: If the broker did not take them all; it says how many it took.
+            AbstractTaskDispatchError: If one call is wrong, which a note on the error names. Nothing was sent.
+        """
+        return self.sender.send_many(_to_task(method), calls)
+
+    @overload
+    async def dispatch_many_async[*Ts, R](
+        self,
+        method: Callable[[*Ts], Coroutine[Any, Any, R]],
+        calls: Iterable[tuple[*Ts]],
+        /,
+    ) -> list[CeleryTaskResult[R]]: ...
+
+    @overload
+    async def dispatch_many_async[*Ts, R](
+        self,
+        method: Callable[[*Ts], R],
+        calls: Iterable[tuple[*Ts]],
+        /,
+    ) -> list[CeleryTaskResult[R]]: ...
+
+    async def dispatch_many_async(
+        self,
+        method: Callable[..., object],
+        calls: Iterable[tuple[Any, ...]],
+        /,
+    ) -> list[CeleryTaskResult[Any]]:
+        """Same as ``dispatch_many``, but the event loop goes on meanwhile."""
+        return await self.sender.send_many_async(_to_task(method), calls)
 
     @override
     def set_stop_event(self, stop_event: threading.Event) -> None:

@@ -17,6 +17,7 @@ The tree::
     |   +-- TaskArgumentsError              arguments that do not fit the method
     |   +-- TaskNotEncodableError           arguments that the serializer refuses
     |   +-- TaskMessageTooLargeError        headers that exceed one AMQP frame
+    |   +-- TaskBatchIncompleteError        a batch of which not all was sent
     |   +-- TaskDispatchFailedError         the broker refused or was lost
     |   +-- TaskDispatchTimeoutError        the broker did not answer in time
     +-- AuthSnapshotPropagationSignerUnavailableError
@@ -52,6 +53,7 @@ __all__ = [
     "InvalidTimezoneError",
     "TaskArgumentsError",
     "TaskAuthorizationDeniedError",
+    "TaskBatchIncompleteError",
     "TaskBodyCancelledError",
     "TaskCallerUnauthenticatedError",
     "TaskDispatchFailedError",
@@ -405,6 +407,44 @@ class TaskMessageTooLargeError(AbstractTaskDispatchError):
 
     size: int
     limit: int
+
+
+class TaskBatchIncompleteError(AbstractTaskDispatchError):
+    """Raised at the call site of ``dispatch_many`` when the broker did not take all messages; the cause says why.
+
+    Messages are sent in order. Also raised at the end of a transaction, for what had waited for its commit.
+
+    Args:
+        task: Name of the task; of the first one, where there are several.
+        total: Messages of the batch.
+        sent: Messages that were sent: the first so many.
+        unknown: Messages after them that may have been sent too, 0 or 1. All others were not.
+        reason: What went wrong.
+    """
+
+    message = "Batch was not sent completely"
+    problem = "Of {total} messages for task {task!r} the first {sent} were sent, and {unknown} may have been: {reason}."
+    remedy = "Dispatch the others again, from position {sent} on."
+
+    def __init__(
+        self,
+        task: str = "",
+        total: int = 0,
+        sent: int = 0,
+        unknown: int = 0,
+        reason: str = "",
+    ) -> None:
+        self._keep(task=task, total=total, sent=sent, unknown=unknown, reason=reason)
+
+    total: int
+    sent: int
+    unknown: int
+    reason: str
+
+    @property
+    def not_sent(self) -> range:
+        """Positions, counted from 0, of the calls whose messages were certainly not sent."""
+        return range(self.sent + self.unknown, self.total)
 
 
 class TaskDispatchFailedError(AbstractTaskDispatchError, ConnectionError):

@@ -1,5 +1,7 @@
 """Owns the composition: the one list of what the plugin registers. Behaves in no way itself."""
 
+from importlib.util import find_spec
+
 from celery import Celery
 from spakky.core.application.application import SpakkyApplication
 from spakky.core.pod.annotations.lazy import Lazy
@@ -58,3 +60,11 @@ def initialize(app: SpakkyApplication) -> None:
     app.add(CeleryPostProcessor)
     app.add(CeleryTaskDispatchAspect)
     app.add(AsyncCeleryTaskDispatchAspect)
+    if find_spec("spakky.data") is not None:
+        from spakky.plugins.celery.aspects.transactions import (  # noqa: PLC0415  # an optional dependency
+            AsyncTransactionWatchAspect,
+            TransactionWatchAspect,
+        )
+
+        app.add(TransactionWatchAspect)
+        app.add(AsyncTransactionWatchAspect)

@@ -81,6 +81,10 @@ class MessageOptions(TypedDict, total=False):
 class CallOptions(MessageOptions, total=False):
     """Options that one call can have: ``TaskDispatcher.configure(method, **options)``."""
 
+    after_commit: bool
+    """Whether the message is sent when the surrounding ``spakky-data`` transaction commits, and never if it rolls back.
+    Without an open transaction it is sent at once."""
+
 
 class TaskOptions(MessageOptions, total=False):
     """Options that a task can have: ``@task_options(**options)``."""
@@ -370,10 +374,11 @@ def _or_none(check: Callable[[object], bool]) -> Callable[[object], bool]:
 
 _NAME: Final = "Give a text that is not empty and has no spaces around it."
 _LIMIT: Final = (_or_none(_is_positive), "Give more than 0, in seconds or as a timedelta, or None for no limit.")
+_BOOLEAN: Final = (lambda value: isinstance(value, bool), "Give True or False.")
 _FLAG: Final = (_or_none(lambda value: isinstance(value, bool)), "Give True, False, or None for as configured.")
 _ERRORS: Final = (_is_errors, "Give a class of errors, or a tuple of such classes; each a subclass of Exception.")
 
-_CALL_CHECKS: Final[Mapping[str, _Expectation]] = {
+_MESSAGE_CHECKS: Final[Mapping[str, _Expectation]] = {
     "queue": (_or_none(_is_name), f"{_NAME[:-1]}, or None for the application's queue."),
     "routing_key": (_or_none(_is_name), f"{_NAME[:-1]}, or None for the queue's."),
     "priority": (
@@ -392,8 +397,12 @@ _CALL_CHECKS: Final[Mapping[str, _Expectation]] = {
     "compression": (_or_none(_is_name), f"{_NAME[:-1]}, such as gzip, or None for as configured."),
     "serializer": (_or_none(_is_name), f"{_NAME[:-1]}, such as json, or None for as configured."),
 }
+_CALL_CHECKS: Final[Mapping[str, _Expectation]] = {
+    **_MESSAGE_CHECKS,
+    "after_commit": _BOOLEAN,
+}
 _TASK_CHECKS: Final[Mapping[str, _Expectation]] = {
-    **_CALL_CHECKS,
+    **_MESSAGE_CHECKS,
     "retry": (
         _or_none(lambda value: isinstance(value, RetryPolicy)),
         "Give a RetryPolicy, such as RetryPolicy(max_retries=5), or None.",
@@ -411,7 +420,7 @@ _POLICY_CHECKS: Final[Mapping[str, _Expectation]] = {
     "max_retries": (_or_none(_is_whole), "Give a whole number, 0 or more, or None for retries without end."),
     "backoff": (_is_duration, "Give 0 or more, in seconds or as a timedelta."),
     "backoff_max": (_is_duration, "Give 0 or more, in seconds or as a timedelta."),
-    "jitter": (lambda value: isinstance(value, bool), "Give True or False."),
+    "jitter": _BOOLEAN,
     "retry_on": _ERRORS,
     "give_up_on": _ERRORS,
 }
