@@ -1,34 +1,25 @@
-"""Celery's semantics on the AsyncioPool, compared with Celery's own solo pool, and what only a loop has."""
+"""Celery's semantics on an AsyncioPool with 200 other tasks in flight: as the same tasks, sync, on the solo pool."""
 
-import asyncio
-import os
 import re
-import signal
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
+from uuid import uuid4
 
 import pytest
-from celery import Celery, chain, chord, group
-from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError, TimeLimitExceeded, WorkerLostError
+from celery import Celery, chain, chord, group, states
 from celery.result import AsyncResult
 
-from spakky.plugins.celery.error import TaskBodyCancelledError
-from support.brokers import REDIS_URL, make_broker, require_server
-from support.fixtures import Bench, bench, celery_of
-from support.processes import Process, wait_until, worker_command
-from support.semantics_app import Bodies, create_app
+from support.fixtures import Bench, celery_of
+from support.processes import wait_until
+from support.semantics import busy_bench, run_bench, signature
+from support.semantics_app import BODIES
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
-CONCURRENCY = 50
-TARGET = "support.semantics_app:create_app"
-BODIES = "support.semantics_app.Bodies"
-
-
-def environment(form: str) -> dict[str, str]:
-    require_server(REDIS_URL, "SPAKKY_TEST_REDIS_URL", 6379)
-    return {"SEMANTICS_FORM": form, "SPAKKY_CELERY__RESULT_BACKEND": REDIS_URL}
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+FRAME = re.compile(r"in (\w+)\n")
 
 
 @pytest.fixture(scope="module", params=["redis", "amqp"])
@@ -36,117 +27,194 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def run_bench(
-    kind: str, pool: str, form: str, factory: pytest.TempPathFactory, *options: str, concurrency: int = CONCURRENCY
-) -> Any:
-    return bench(
-        kind,
-        factory.mktemp(f"{kind}-{pool}"),
-        pool,
-        *options,
-        target=TARGET,
-        factory=create_app,
-        concurrency=concurrency,
-        **environment(form),
-    )
-
-
 @pytest.fixture(scope="module")
 def ours(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with run_bench(kind, "asyncio", "async", tmp_path_factory, "-E") as started:
+    with busy_bench(kind, tmp_path_factory.mktemp("ours")) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
 def celerys(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with run_bench(kind, "solo", "sync", tmp_path_factory, "-E") as started:
+    with run_bench(kind, tmp_path_factory.mktemp("celerys"), "solo", "sync", "-E") as started:
         yield started
 
 
-def signature(celery: Celery, name: str, *args: Any, **options: Any) -> Any:
-    return celery.signature(f"s.{name}", args=args, **options)
+@dataclass(frozen=True)
+class Scenario:
+    """What is sent, and how to know that all of it has happened."""
+
+    send: Callable[[Bench, str], AsyncResult]
+    """Takes a worker, and a tag for what callbacks note."""
+    last: str | None = "postrun"
+    """The last signal of a run; None: it is not run at all."""
+    runs: int = 1
+    notes: int = 0
 
 
-def expire(celery: Celery) -> AsyncResult:
-    return signature(celery, "value", "late").apply_async(expires=0.2, countdown=1)
+def call(name: str, *args: Any, **options: Any) -> Callable[[Bench, str], AsyncResult]:
+    return lambda worker, _: signature(worker, name, *args).apply_async(**options)
 
 
-def revoke_before_start(celery: Celery) -> AsyncResult:
-    result = signature(celery, "value", "unwanted").apply_async(countdown=2)
-    celery.control.revoke(result.id)
+def revoke_before_start(worker: Bench, _: str) -> AsyncResult:
+    result = signature(worker, "value", "unwanted").apply_async(countdown=2)
+    worker.worker.wait_for(f"[{result.id}] received")
+    celery_of(worker.client).control.revoke(result.id)
     return result
 
 
-SCENARIOS: dict[str, Callable[[Celery], AsyncResult]] = {
-    "value": lambda app: signature(app, "value", "text").apply_async(),
-    "error": lambda app: signature(app, "fail", "boom").apply_async(),
-    "retry": lambda app: signature(app, "retry_twice", "text").apply_async(),
-    "retry in vain": lambda app: signature(app, "retry_in_vain", "text").apply_async(),
-    "autoretry": lambda app: signature(app, "autoretry", "text").apply_async(),
-    "ignore": lambda app: signature(app, "ignore").apply_async(),
-    "reject": lambda app: signature(app, "reject").apply_async(),
-    "reject once": lambda app: signature(app, "reject_once").apply_async(),
-    "replace": lambda app: signature(app, "replaced", "text").apply_async(),
-    "early acknowledgement": lambda app: signature(app, "early", "text").apply_async(),
-    "ignored result": lambda app: signature(app, "unkept", "text").apply_async(),
-    "rate limit": lambda app: signature(app, "limited", "text").apply_async(),
-    "track started": lambda app: signature(app, "started", "text").apply_async(),
-    "countdown": lambda app: signature(app, "value", "text").apply_async(countdown=0.5),
-    "expired": expire,
-    "revoked before start": revoke_before_start,
-    "chain": lambda app: chain(signature(app, "add", 1, 2), signature(app, "add"), signature(app, "add", 5))(),
-    "chord": lambda app: chord([signature(app, "add", n) for n in range(10)], app=app)(signature(app, "total")),
-    "failing chain": lambda app: chain(signature(app, "fail", "boom"), signature(app, "value"))(),
+def link(worker: Bench, tag: str) -> AsyncResult:
+    return signature(worker, "value", "text").apply_async(link=signature(worker, "note", tag))
+
+
+def link_error(worker: Bench, tag: str) -> AsyncResult:
+    callbacks = [signature(worker, name, tag) for name in ("note", "note_error")]
+    return signature(worker, "fail", "boom").apply_async(link_error=callbacks)
+
+
+def link_error_of_retries(worker: Bench, tag: str) -> AsyncResult:
+    return signature(worker, "retry_in_vain", "boom").apply_async(link_error=signature(worker, "note_error", tag))
+
+
+def make_chain(worker: Bench, _: str) -> AsyncResult:
+    return chain(signature(worker, "add", 1, 2), signature(worker, "add"), signature(worker, "add", 5))()
+
+
+def make_failing_chain(worker: Bench, tag: str) -> AsyncResult:
+    steps = [signature(worker, name, *args) for name, args in (("add", (1,)), ("fail", ()), ("value", ()))]
+    last = chain(steps).apply_async(link_error=signature(worker, "note", tag))
+    assert last.parent is not None
+    return last.parent
+
+
+def make_chord(worker: Bench, *members: Any, error_tag: str | None = None) -> AsyncResult:
+    body = signature(worker, "total")
+    if error_tag is not None:
+        body = body.on_error(signature(worker, "note_error", error_tag))
+    return chord(members, app=celery_of(worker.client))(body)
+
+
+def make_plain_chord(worker: Bench, _: str) -> AsyncResult:
+    return make_chord(worker, *(signature(worker, "add", number) for number in range(10)))
+
+
+def make_chord_of_retries(worker: Bench, _: str) -> AsyncResult:
+    return make_chord(worker, *(signature(worker, "add_at_last", number) for number in range(10)))
+
+
+def make_failing_chord(worker: Bench, tag: str) -> AsyncResult:
+    return make_chord(worker, signature(worker, "add", 1), signature(worker, "fail", "boom"), error_tag=tag)
+
+
+SCENARIOS = {
+    "value": Scenario(call("value", "text")),
+    "error": Scenario(call("fail", "boom")),
+    "retry": Scenario(call("retry_twice", "text"), runs=3),
+    "retry in vain": Scenario(call("retry_in_vain", "text"), runs=2),
+    "autoretry with backoff": Scenario(call("autoretry", "text"), runs=3),
+    "ignore": Scenario(call("ignore")),
+    "reject": Scenario(call("reject"), "failure"),
+    "reject once": Scenario(call("reject_once"), runs=2),
+    "replace": Scenario(call("replaced", "text"), runs=2),
+    "replace by a group": Scenario(call("spread", 10), runs=2),
+    "early acknowledgement": Scenario(call("early", "text")),
+    "ignored result": Scenario(call("unkept", "text")),
+    "started is told": Scenario(call("started")),
+    "started is not told": Scenario(call("state")),
+    "countdown": Scenario(call("delayed", countdown=0.5)),
+    "expired": Scenario(call("value", "late", expires=0.2, countdown=1), "revoked"),
+    "revoked before start": Scenario(revoke_before_start, "revoked"),
+    "link": Scenario(link, notes=1),
+    "link_error": Scenario(link_error, notes=2),
+    "link_error of retries": Scenario(link_error_of_retries, runs=2, notes=1),
+    "chain": Scenario(make_chain),
+    "failing chain": Scenario(make_failing_chain, notes=1),
+    "chord": Scenario(make_plain_chord),
+    "chord of retries": Scenario(make_chord_of_retries),
+    "failing chord": Scenario(make_failing_chord, None, notes=1),
 }
 
 
-ENDINGS = {"reject": "failure", "revoked before start": "revoked", "expired": "revoked"}
-"""The last signal of a scenario, where it is not task_postrun."""
+def hide_ids(text: object) -> str:
+    return UUID.sub("<id>", str(text))
 
 
-def observe(worker: Bench, scenario: str) -> dict[str, Any]:
-    """Run a scenario, and see how its task ended and which signals told of it, in order."""
-    result = SCENARIOS[scenario](celery_of(worker.client))
-    first = result
-    while first.parent is not None:
-        first = first.parent
-    seen = first if "failing" in scenario else result
-    endings = {ENDINGS.get(scenario, "postrun")}
+class Observation:
+    """One scenario on one worker."""
 
-    def signals() -> list[dict[str, Any]]:
-        return worker.events(event="signal", id=seen.id)
+    def __init__(self, scenario: Scenario, worker: Bench) -> None:
+        self._scenario = scenario
+        self._worker = worker
+        self._tag = uuid4().hex
+        self._result = scenario.send(worker, self._tag)
 
-    wait_until(
-        lambda: seen.state not in {"PENDING", "STARTED", "RETRY"} or endings & {found["name"] for found in signals()},
-        describe=lambda: worker.worker.output,
-    )
-    count = {"retry": 3, "autoretry": 3, "retry in vain": 2, "reject once": 2, "replace": 2}.get(scenario, 1)
-    wait_until(
-        lambda: sum(found["name"] in endings for found in signals()) == count,
-        describe=lambda: f"{signals()}\n{worker.worker.output}",
-    )
-    told = [(found["name"], found["state"], found["error"]) for found in signals()]
-    return {
-        "state": seen.state,
-        "result": repr(seen.result),
-        "has_traceback": bool(seen.traceback),
-        # The runs of a task that is sent again may overlap where several run at once.
-        "signals": sorted(told, key=str) if count > 1 else told,
-    }
+    def signals(self) -> list[dict[str, Any]]:
+        return self._worker.events(event="signal", id=self._result.id)
+
+    def notes(self) -> list[str]:
+        """What callbacks were given, but for the lines of a traceback and ids."""
+        found: list[Any] = [event["args"] for event in self._worker.events(event="noted", tag=self._tag)]
+        return sorted(hide_ids([str(argument).partition("\n")[0] for argument in args]) for args in found)
+
+    def has_ended(self) -> bool:
+        last, runs = self._scenario.last, self._scenario.runs
+        if last is None:
+            return self._result.ready() and len(self.notes()) >= self._scenario.notes
+        ended = sum(found["name"] == last for found in self.signals())
+        return ended >= runs and len(self.notes()) >= self._scenario.notes
+
+    def outcome(self) -> dict[str, Any]:
+        """How its task ended, and which signals told of each run of it, in order."""
+        wait_until(self.has_ended, describe=lambda: f"{self.signals()}\n{self._worker.worker.output}")
+        if self._scenario.last == "postrun" and self._result.state not in {states.PENDING, states.STARTED}:
+            self._result.get(timeout=30, propagate=False)  # of a task that was replaced it comes later
+        runs: dict[str, list[tuple[str, ...]]] = {}
+        for found in self.signals():
+            told = tuple(str(found[name]) for name in ("name", "state", "error", "delay", "revoked"))
+            runs.setdefault(str(found["run"]), []).append(told)
+        frames = FRAME.findall(self._result.traceback or "")
+        return {
+            "state": self._result.state,
+            "result": hide_ids(repr(self._result.result)),
+            "frames": [name for name in frames if name in {body.__name__ for body, _ in BODIES.values()}],
+            "signals": runs,
+            "notes": self.notes(),
+        }
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_task_ends_as_in_celerys_own_pool(ours: Bench, celerys: Bench, scenario: str) -> None:
-    """State, result, traceback and the order of signals are those of the same task, sync, on Celery's solo pool."""
-    expected = observe(celerys, scenario)
-    assert observe(ours, scenario) == expected
-    assert expected["signals"]
+    """State, result, the body's frames, each run's signals in order, and what callbacks are given are the same."""
+    wanted, found = (Observation(SCENARIOS[scenario], worker) for worker in (celerys, ours))
+    expected = wanted.outcome()
+    assert found.outcome() == expected
+    assert expected["signals"] or SCENARIOS[scenario].last is None
+    assert len(expected["notes"]) == SCENARIOS[scenario].notes
+
+
+def test_groups_keep_their_order_and_their_errors(ours: Bench) -> None:
+    """The results of 200 members come in the group's order; those that fail fail alone."""
+    celery = celery_of(ours.client)
+    many = group([signature(ours, "add", number) for number in range(200)], app=celery).apply_async()
+    assert many.get(timeout=60) == [number + 1 for number in range(200)]
+    mixed = group([signature(ours, name, "text") for name in ("value", "fail") * 20], app=celery).apply_async()
+    found = mixed.get(timeout=60, propagate=False)
+    assert found[::2] == ["text"] * 20
+    assert [repr(error) for error in found[1::2]] == ["ValueError('text')"] * 20
+
+
+def test_rate_limits_hold(ours: Bench, celerys: Bench) -> None:
+    """Runs begin as far apart as the limit of 5/s asks for, however many could run at once."""
+    for worker in (celerys, ours):
+        results = [signature(worker, "limited").apply_async() for _ in range(6)]
+        begun = sorted(result.get(timeout=30) for result in results)
+        assert all(later - earlier > 0.1 for earlier, later in pairwise(begun)), begun
 
 
 LAST_EVENTS = {
     "value": "task-succeeded",
     "error": "task-failed",
     "retry": "task-succeeded",
+    "retry in vain": "task-failed",
     "reject": "task-rejected",
     "replace": "task-succeeded",
     "revoked before start": "task-revoked",
@@ -156,20 +224,20 @@ LAST_EVENTS = {
 
 def watch(worker: Bench, scenario: str) -> list[str]:
     """Run a scenario, and see which events the worker sends of its task, in order."""
-    celery = celery_of(worker.client)
+    celery: Celery = celery_of(worker.client)
     seen: list[dict[str, Any]] = []
     with celery.connection_for_read() as connection:
         receiver = celery.events.Receiver(connection, handlers={"*": seen.append})
         capturing = receiver.itercapture(limit=None, timeout=10)
         next(capturing)  # a heartbeat, which it asks for as soon as it consumes
-        result = SCENARIOS[scenario](celery)
+        result = SCENARIOS[scenario].send(worker, "")
         for _ in capturing:
             # They are sent in batches; the clock tells in which order they happened.
             mine = sorted((event for event in seen if event.get("uuid") == result.id), key=lambda event: event["clock"])
             types = [event["type"] for event in mine]
             if LAST_EVENTS[scenario] in types:
                 # Where several run at once, the next run of a retried task may begin before the last has ended.
-                return sorted(types) if scenario == "retry" else types
+                return sorted(types) if "retry" in scenario else types
     raise AssertionError(seen)
 
 
@@ -177,195 +245,3 @@ def watch(worker: Bench, scenario: str) -> list[str]:
 def test_events_are_those_of_celerys_own_pool(ours: Bench, celerys: Bench, scenario: str) -> None:
     """Monitors such as Flower see the same of a task."""
     assert watch(ours, scenario) == watch(celerys, scenario)
-
-
-def test_groups_and_callbacks(ours: Bench) -> None:
-    """A group's results come in its order; link and link_error run after the task."""
-    celery = celery_of(ours.client)
-    many = group([signature(celery, "add", number) for number in range(200)], app=celery).apply_async()
-    assert many.get(timeout=60) == [number + 1 for number in range(200)]
-    for name, option in (("value", "link"), ("fail", "link_error")):
-        callback = signature(celery, "note", option).set(immutable=True)
-        signature(celery, name, "text").apply_async(**{option: callback})
-        ours.wait_for_events(1, event="noted", text=option)
-
-
-def node_of(worker: Bench) -> str:
-    """Name it as remote control does; other tests have workers on the same broker."""
-    found = re.search(r"(\S+) ready\.", worker.worker.output)
-    assert found
-    return found[1]
-
-
-def dispatch(worker: Bench, name: str, *args: Any, **options: Any) -> AsyncResult:
-    return celery_of(worker.client).send_task(f"{BODIES}.{name}", args, **options)
-
-
-def test_every_run_knows_itself(ours: Bench) -> None:
-    """current_task is right in 500 runs, after awaits, in child tasks and threads; contextvars are each run's own."""
-    results = [dispatch(ours, "look", f"mark {number}") for number in range(500)]
-    for number, result in enumerate(results):
-        seen = result.get(timeout=60)
-        assert {seen[name] for name in ("body", "after await", "child", "thread", "after timeout")} == {result.id}
-        assert seen["marks"] == [f"mark {number}"] * 3
-        assert seen["asyncio task"] == f"{BODIES}.look"
-    assert dispatch(ours, "see_mark").get(timeout=30) == ""
-
-
-def test_a_thousand_runs_at_once_know_themselves(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """All are in flight together; each is itself before and after an await, and in what it calls."""
-    with run_bench(kind, "asyncio", "async", tmp_path_factory, concurrency=1000) as worker:
-        results = [dispatch(worker, "meet", 1000) for _ in range(1000)]
-        for result in results:
-            assert result.get(timeout=90) == dict.fromkeys(("before", "after", "nested"), result.id)
-
-
-def test_no_more_is_taken_than_can_run(ours: Bench) -> None:
-    """Of three times as many tasks as the worker's concurrency the broker keeps what cannot run yet."""
-    results = [dispatch(ours, "wait", f"prefetched {number}", 3) for number in range(3 * CONCURRENCY)]
-    for number in range(CONCURRENCY):
-        ours.wait_for_events(1, event="started", tag=f"prefetched {number}")
-    celery = celery_of(ours.client)
-    with celery.connection_for_write() as connection:
-        inspect = celery.control.inspect([node_of(ours)], timeout=5, connection=connection)
-        (active,), (reserved,) = inspect.active().values(), inspect.reserved().values()
-        taken = {task["id"] for task in active + reserved}
-    mine = taken & {result.id for result in results}
-    assert CONCURRENCY <= len(mine) <= CONCURRENCY + 1  # Redis has one more popped when its last room is taken
-    for result in results:
-        result.get(timeout=60)
-
-
-def test_no_more_run_at_once_than_may(ours: Bench) -> None:
-    """Of three times as many tasks as the worker's concurrency, no more run at once; sync ones on as many threads."""
-    results = [dispatch(ours, "count_together") for _ in range(3 * CONCURRENCY)]
-    most = max(result.get(timeout=60) for result in results)
-    assert 1 < most <= CONCURRENCY
-    threads = [dispatch(ours, "count_threads") for _ in range(40)]
-    assert 1 < max(result.get(timeout=60) for result in threads) <= 10
-
-
-def test_a_soft_limit_is_raised_at_the_await(ours: Bench) -> None:
-    """The body may catch it and return; where it does not, it cleans up and the task fails with it."""
-    caught = dispatch(ours, "catch_soft_limit", "it", soft_time_limit=0.5)
-    uncaught = dispatch(ours, "wait", "soft", soft_time_limit=0.5)
-    assert caught.get(timeout=30) == "it was caught"
-    with pytest.raises(SoftTimeLimitExceeded):
-        uncaught.get(timeout=30)
-    assert ours.events(event="cleaned up", tag="soft")
-    assert "Soft time limit (0.5s) exceeded" in ours.worker.output
-
-
-def test_a_hard_limit_cancels(ours: Bench) -> None:
-    """The task fails with TimeLimitExceeded, and its body could clean up."""
-    with pytest.raises(TimeLimitExceeded):
-        dispatch(ours, "wait", "hard", time_limit=0.5).get(timeout=30)
-    ours.wait_for_events(1, event="cleaned up", tag="hard")
-
-
-def test_a_terminated_task_is_cancelled(ours: Bench) -> None:
-    """revoke(terminate=True) cancels the body, which cleans up; the state is REVOKED, and others go on."""
-    other = dispatch(ours, "wait", "other", 3)
-    result = dispatch(ours, "wait", "terminated")
-    ours.wait_for_events(1, event="started", tag="terminated")
-    celery_of(ours.client).control.revoke(result.id, terminate=True)
-    with pytest.raises(TaskRevokedError):
-        result.get(timeout=30)
-    ours.wait_for_events(1, event="cleaned up", tag="terminated")
-    assert other.get(timeout=30) == "other"
-
-
-@pytest.mark.parametrize("name", ["cancel_itself", "await_the_cancelled"])
-def test_a_bodys_own_cancellation_is_a_failure(ours: Bench, name: str) -> None:
-    """It is neither a revocation nor the end of the worker."""
-    with pytest.raises(TaskBodyCancelledError, match=name):
-        dispatch(ours, name).get(timeout=30)
-
-
-def test_a_body_that_exits_does_not_end_the_worker(ours: Bench) -> None:
-    """SystemExit fails the task, as in Celery's threads pool, and the loop goes on."""
-    with pytest.raises(WorkerLostError, match="SystemExit"):
-        dispatch(ours, "exit").get(timeout=30)
-    assert dispatch(ours, "see_mark").get(timeout=30) == ""
-
-
-def test_what_is_wrong_with_a_body_is_logged(ours: Bench) -> None:
-    """asyncio tasks left behind are cancelled and named; a body that blocks the loop is named with its stack."""
-    dispatch(ours, "leave_behind").get(timeout=30)
-    wait_until(lambda: "are cancelled: left-behind" in ours.worker.output)
-    assert f"Task '{BODIES}.leave_behind' ended and left 1" in ours.worker.output
-    dispatch(ours, "block").get(timeout=30)
-    wait_until(lambda: f"Task '{BODIES}.block' has blocked the event loop" in ours.worker.output)
-    assert "time.sleep(1.5)" in ours.worker.output
-
-
-def test_inspection_sees_what_runs(ours: Bench) -> None:
-    """active names the runs; stats have the loop's lag."""
-    result = dispatch(ours, "wait", "inspected", 5)
-    ours.wait_for_events(1, event="started", tag="inspected")
-    celery = celery_of(ours.client)
-    with celery.connection_for_write() as connection:
-        inspect = celery.control.inspect([node_of(ours)], timeout=5, connection=connection)
-        (active,), (stats,) = inspect.active().values(), inspect.stats().values()
-    assert result.id in {task["id"] for task in active}
-    pool = stats["pool"]
-    assert pool["implementation"] == "spakky.plugins.celery.worker.pool:AsyncioPool"
-    assert pool["max-concurrency"] == CONCURRENCY
-    assert pool["loop-lag"] >= 0
-    assert result.get(timeout=30) == "inspected"
-
-
-def test_the_pool_grows_and_shrinks(ours: Bench) -> None:
-    """Celery's remote control sets how many run at once."""
-    celery = celery_of(ours.client)
-    with celery.connection_for_write() as connection:
-        options = {"destination": [node_of(ours)], "timeout": 5, "connection": connection}
-        sizes = []
-        for change in (celery.control.pool_grow, celery.control.pool_shrink):
-            change(2, reply=True, **options)
-            (found,) = celery.control.inspect(**options).stats().values()
-            sizes.append(found["pool"]["max-concurrency"])
-    assert sizes == [CONCURRENCY + 2, CONCURRENCY]
-
-
-def test_two_hundred_mixed_tasks_are_accounted_for(ours: Bench) -> None:
-    """All end as they should, whatever goes on beside them."""
-    celery = celery_of(ours.client)
-    expected = {"value": "SUCCESS", "fail": "FAILURE", "retry_twice": "SUCCESS", "autoretry": "SUCCESS"}
-    sent = [(name, signature(celery, name, "text").apply_async()) for name in expected for _ in range(40)]
-    doomed = [dispatch(ours, "wait", f"mixed {number}") for number in range(40)]
-    for number, result in enumerate(doomed):
-        ours.wait_for_events(1, event="started", tag=f"mixed {number}")
-        celery.control.revoke(result.id, terminate=True)
-    for name, result in sent:
-        result.get(timeout=60, propagate=False)
-        assert result.state == expected[name], name
-    for result in doomed:
-        result.get(timeout=60, propagate=False)
-        assert result.state == "REVOKED"
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--max-tasks-per-child", "5"], "worker_max_tasks_per_child is 5"),
-        (["--max-memory-per-child", "1000"], "worker_max_memory_per_child is 1000"),
-    ],
-)
-def test_limits_of_children_are_refused(options: list[str], said: str, tmp_path: Path) -> None:
-    """The worker does not start, and says why."""
-    broker = make_broker("filesystem", tmp_path)
-    command = worker_command(TARGET, "asyncio", *options)
-    worker = Process(command, {**broker.environment, "PROBE_LOG": os.devnull}, tmp_path / "log", tmp_path)
-    try:
-        assert worker.popen.wait(30) != 0
-        assert said in worker.output
-    finally:
-        worker.stop(signal.SIGKILL)
-
-
-async def test_results_are_awaited_in_a_client(ours: Bench) -> None:
-    """A client awaits a thousand results at once."""
-    bodies = ours.get(Bodies)
-    results = await asyncio.gather(*(bodies.count_together() for _ in range(1000)))
-    assert len(await asyncio.gather(*(result.get_async(timeout=90) for result in results))) == 1000  # type: ignore[attr-defined]

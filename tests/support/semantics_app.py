@@ -3,13 +3,15 @@
 import asyncio
 import contextvars
 import os
+import random
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, override
 
-from celery import Celery, current_task, signals
+from celery import Celery, current_task, group, signals
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 from spakky.core.application.application import SpakkyApplication
 from spakky.core.pod.annotations.pod import Pod
@@ -55,6 +57,12 @@ def autoretry(self: Any, text: str) -> str:
     return text
 
 
+def add_at_last(self: Any, number: int) -> int:
+    if self.request.retries < 1:
+        raise self.retry(countdown=0)
+    return number + 1
+
+
 def ignore(_self: Any) -> None:
     raise Ignore
 
@@ -71,32 +79,80 @@ def reject_once(self: Any) -> str:
     return "after all"
 
 
-def note(_self: Any, text: str) -> None:
-    record("noted", text=text)
+def note(_self: Any, *args: Any) -> None:
+    record("noted", args=args[:-1], tag=args[-1])
+
+
+def note_error(request: Any, error: Exception, traceback: object, tag: str) -> None:
+    """An errback that Celery calls where the task failed; others it sends."""
+    record("noted", args=[request.id, type(error).__name__, str(error), str(traceback)], tag=tag)
+
+
+def tell_state(self: Any) -> str:
+    return str(self.AsyncResult(self.request.id).state)
+
+
+def tell_delay(self: Any) -> bool:
+    """Tell whether this runs when it was to run."""
+    return bool(datetime.fromisoformat(self.request.eta) <= datetime.now(UTC))
+
+
+def tell_time(_self: Any) -> float:
+    return time.monotonic()
 
 
 def chained(self: Any, text: str) -> None:
     raise self.replace(self.app.signature("s.value", args=[text]))
 
 
+def spread(self: Any, count: int) -> None:
+    raise self.replace(group([self.app.signature("s.add", args=[number]) for number in range(count)], app=self.app))
+
+
+BACKOFF = {"retry_backoff": 1, "retry_backoff_max": 2, "retry_jitter": False}
+
 BODIES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "value": (value, {}),
     "add": (add, {}),
+    "add_at_last": (add_at_last, {}),
     "total": (total, {}),
     "fail": (fail, {}),
     "retry_twice": (retry_twice, {}),
     "retry_in_vain": (retry_in_vain, {}),
-    "autoretry": (autoretry, {"autoretry_for": (OSError,), "retry_backoff": 1, "retry_backoff_max": 1}),
+    "autoretry": (autoretry, {"autoretry_for": (OSError,), **BACKOFF}),
     "note": (note, {}),
     "ignore": (ignore, {}),
     "reject": (reject, {}),
     "reject_once": (reject_once, {}),
     "replaced": (chained, {}),
+    "spread": (spread, {}),
+    "delayed": (tell_delay, {}),
+    "state": (tell_state, {}),
     "early": (value, {"acks_late": False}),
     "unkept": (value, {"ignore_result": True}),
-    "limited": (value, {"rate_limit": "50/s"}),
-    "started": (value, {"track_started": True}),
+    "limited": (tell_time, {"rate_limit": "5/s"}),
+    "started": (tell_state, {"track_started": True}),
 }
+
+
+async def bustle(self: Any, ending: str) -> str:
+    """Take seconds, and end in one of many ways."""
+    await asyncio.sleep(random.uniform(1, 4))
+    match ending:
+        case "fail":
+            raise ValueError(ending)
+        case "retry" if self.request.retries == 0:
+            raise self.retry(countdown=0.1)
+        case "leave behind":
+            asyncio.create_task(asyncio.sleep(3600))  # noqa: RUF006  # it is left on purpose
+        case "revoke":
+            await asyncio.sleep(3600)
+    return ending
+
+
+def bustle_on_thread(ending: str) -> str:
+    time.sleep(0.1)
+    return ending
 
 
 def to_async(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,26 +163,38 @@ def to_async(body: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+async def note_error_async(request: Any, error: Exception, traceback: object, tag: str) -> None:
+    await asyncio.sleep(0.01)
+    note_error(request, error, traceback, tag)
+
+
 @Pod()
 class PlainTasks(CeleryCustomizer):
     @override
     def customize(self, celery: Celery) -> None:
         celery.conf.task_annotations = {"*": {"default_retry_delay": 0.1}}
+        is_async = os.environ.get("SEMANTICS_FORM") == "async"
         for name, (body, options) in BODIES.items():
-            form = to_async(body) if os.environ.get("SEMANTICS_FORM") == "async" else body
+            form = to_async(body) if is_async else body
             celery.task(form, bind=True, name=f"s.{name}", shared=False, **options)
+        celery.task(bustle, bind=True, name="s.bustle", shared=False)
+        celery.task(bustle_on_thread, name="s.bustle_on_thread", shared=False)
+        celery.task(note_error_async if is_async else note_error, name="s.note_error", shared=False)
 
 
 def _recorder(name: str) -> Callable[..., None]:
     def receive(sender: Any = None, task_id: str | None = None, **facts: Any) -> None:
-        request = facts.get("request")
+        request = facts.get("request") or sender.request
         error = facts.get("exception") or facts.get("reason")
         record(
             "signal",
             name=name,
-            id=task_id or getattr(request, "id", None) or sender.request.id,
+            id=task_id or request.id,
+            run=[request.retries, request.replaced_task_nesting, (request.delivery_info or {}).get("redelivered")],
             state=facts.get("state"),
             error=type(error).__name__ if error is not None else None,
+            delay=getattr(error, "when", None),
+            revoked=[facts.get("terminated"), facts.get("expired")],
         )
 
     return receive
@@ -155,6 +223,7 @@ class Bodies:
         async with asyncio.TaskGroup() as group:
             child = group.create_task(self._look_deeper())
         seen["child"] = child.result()
+        seen["child's mark"] = await asyncio.create_task(self.see_mark_inline())
         seen["thread"] = await asyncio.to_thread(lambda: current_task.request.id)
         seen["marks"] += [MARK.get(), await asyncio.to_thread(MARK.get)]
         try:
@@ -179,6 +248,13 @@ class Bodies:
         seen["nested"] = await self._look_deeper()
         return seen
 
+    async def see_mark_inline(self) -> str:
+        """Tell the mark that an asyncio task inherits, and set one that only it sees."""
+        await asyncio.sleep(0)
+        inherited = MARK.get()
+        MARK.set("of a child")
+        return inherited
+
     async def _look_deeper(self) -> str:
         await asyncio.sleep(0.01)
         return str(current_task.request.id)
@@ -195,6 +271,14 @@ class Bodies:
         finally:
             await asyncio.sleep(0)
             record("cleaned up", tag=tag)
+        return tag
+
+    @task
+    def wait_on_thread(self, tag: str) -> str:
+        """Wait until a file is there."""
+        record("started", tag=tag)
+        while not Path(tag).exists():
+            time.sleep(0.05)
         return tag
 
     @task
