@@ -89,7 +89,7 @@ def test_sigquit_cancels_tasks_and_gives_them_back(kind: str, tmp_path: Path) ->
     with scene(kind, tmp_path) as found, client_of(found.broker, found.log) as client:
         asyncio.run(dispatch(client.container.get(Calls), 3600))
         found.wait_for("started", TAGS)
-        found.worker.stop(signal.SIGQUIT)
+        assert found.worker.stop(signal.SIGQUIT) == 0
         assert found.tags("cleaned up") == sorted(TAGS)
         assert found.tags("ended") == []
         found.start()
@@ -107,7 +107,7 @@ def test_sigquit_ends_a_warm_shutdown_and_leaves_threads_behind(kind: str, tmp_p
         found.wait_for("started", ["sync", "async"])
         found.worker.popen.send_signal(signal.SIGTERM)
         found.worker.wait_for("Warm shutdown")
-        found.worker.stop(signal.SIGQUIT)
+        assert found.worker.stop(signal.SIGQUIT) == 0
         assert found.tags("cleaned up") == ["async"]
         found.start()
         found.wait_for("started", ["sync", "async"], times=2)
@@ -125,10 +125,38 @@ def test_a_soft_shutdown_gives_tasks_time(kind: str, tmp_path: Path) -> None:
         short = asyncio.run(dispatch(calls, 2, count=5))
         asyncio.run(calls.sleep_async(3600, "long"))  # type: ignore[misc]
         found.wait_for("started", [*TAGS[:5], "long"])
-        found.worker.stop(signal.SIGQUIT)
+        assert found.worker.stop(signal.SIGQUIT) == 0
         assert found.tags("ended") == TAGS[:5]
         assert "long" in found.tags("cleaned up")
         found.start()
         found.wait_for("started", [*TAGS[:5], "long", "long"])
         assert sorted(result.get(timeout=30) for result in short) == TAGS[:5]
+        found.worker.stop(signal.SIGQUIT)
+
+
+@pytest.mark.parametrize("kind", ["redis", "amqp"])
+def test_a_second_sigint_ends_a_warm_shutdown(kind: str, tmp_path: Path) -> None:
+    """Ctrl+C lets tasks end; once more cancels them, and they come back."""
+    with scene(kind, tmp_path) as found, client_of(found.broker, found.log) as client:
+        asyncio.run(dispatch(client.container.get(Calls), 3600))
+        found.wait_for("started", TAGS)
+        found.worker.popen.send_signal(signal.SIGINT)
+        found.worker.wait_for("Warm shutdown")
+        assert found.worker.stop(signal.SIGINT) == 0
+        assert found.tags("cleaned up") == sorted(TAGS)
+        found.start()
+        found.wait_for("started", TAGS, times=2)
+        found.worker.stop(signal.SIGQUIT)
+
+
+@pytest.mark.parametrize("kind", ["redis", "amqp"])
+def test_a_body_that_does_not_clean_up_in_time_is_left(kind: str, tmp_path: Path) -> None:
+    """A cold shutdown waits 5 s at most for a body that goes on, and the next worker runs it again."""
+    with scene(kind, tmp_path) as found, client_of(found.broker, found.log) as client:
+        asyncio.run(client.container.get(Calls).ignore_cancellation("stubborn"))  # type: ignore[arg-type]  # it dispatches
+        found.wait_for("started", ["stubborn"])
+        assert found.worker.stop(signal.SIGQUIT) == 0
+        assert found.tags("cancelled") == ["stubborn"]
+        found.start()
+        found.wait_for("started", ["stubborn"] * 2)
         found.worker.stop(signal.SIGQUIT)

@@ -189,6 +189,15 @@ class Calls:
         return tag
 
     @task
+    async def ignore_cancellation(self, tag: str) -> None:
+        record("started", tag=tag)
+        while True:
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                record("cancelled", tag=tag)
+
+    @task
     def sleep(self, seconds: float, tag: str = "") -> str:
         record("started", tag=tag)
         threading.Event().wait(seconds)
