@@ -139,6 +139,18 @@ def test_a_terminated_task_is_cancelled(ours: Bench) -> None:
     assert other.get(timeout=30) == "other"
 
 
+def test_a_limit_that_passes_in_the_clean_up_changes_nothing(ours: Bench) -> None:
+    """A body that was terminated cleans up to its end, and its task stays revoked."""
+    limits = {"soft_time_limit": 1.5, "time_limit": 2}
+    result = dispatch(ours, "wait", "cleans up", 3600, 3, **limits)
+    ours.wait_for_events(1, event="started", tag="cleans up")
+    celery_of(ours.client).control.revoke(result.id, terminate=True)
+    ours.wait_for_events(1, event="cleaned up", tag="cleans up")
+    with pytest.raises(TaskRevokedError):
+        result.get(timeout=30)
+    assert f"exceeded for {BODIES}.wait[{result.id}]" not in ours.worker.output
+
+
 def test_what_waits_for_a_thread_is_reserved_and_can_be_revoked(quiet: Bench, tmp_path: Path) -> None:
     """Of 15 sync tasks 10 are active; one of the others that is terminated is never begun."""
     file = tmp_path / "file"

@@ -150,13 +150,15 @@ def test_a_second_sigint_ends_a_warm_shutdown(kind: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["redis", "amqp"])
-def test_a_body_that_does_not_clean_up_in_time_is_left(kind: str, tmp_path: Path) -> None:
-    """A cold shutdown waits 5 s at most for a body that goes on, and the next worker runs it again."""
+def test_a_clean_up_has_time(kind: str, tmp_path: Path) -> None:
+    """A cold shutdown cancels a body once, and waits 5 s at most for its clean-up; what goes on then is left."""
     with scene(kind, tmp_path) as found, client_of(found.broker, found.log) as client:
-        asyncio.run(client.container.get(Calls).ignore_cancellation("stubborn"))  # type: ignore[arg-type]  # it dispatches
-        found.wait_for("started", ["stubborn"])
+        calls = client.container.get(Calls)
+        for seconds, tag in ((2, "slow"), (3600, "stubborn")):
+            asyncio.run(calls.clean_up_slowly(seconds, tag))  # type: ignore[arg-type]  # it dispatches
+        found.wait_for("started", ["slow", "stubborn"])
         assert found.worker.stop(signal.SIGQUIT) == 0
-        assert found.tags("cancelled") == ["stubborn"]
+        assert found.tags("cleaned up") == ["slow"]
         found.start()
-        found.wait_for("started", ["stubborn"] * 2)
+        found.wait_for("started", ["slow", "stubborn"], times=2)
         found.worker.stop(signal.SIGQUIT)

@@ -189,13 +189,14 @@ class Calls:
         return tag
 
     @task
-    async def ignore_cancellation(self, tag: str) -> None:
+    async def clean_up_slowly(self, seconds: float, tag: str) -> None:
+        """Wait to be cancelled, and take time for the clean-up."""
         record("started", tag=tag)
-        while True:
-            try:
-                await asyncio.sleep(3600)
-            except asyncio.CancelledError:
-                record("cancelled", tag=tag)
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            await asyncio.sleep(seconds)
+            record("cleaned up", tag=tag)
 
     @task
     def sleep(self, seconds: float, tag: str = "") -> str:

@@ -264,12 +264,12 @@ class Bodies:
         return MARK.get()
 
     @task
-    async def wait(self, tag: str, seconds: float = 3600) -> str:
+    async def wait(self, tag: str, seconds: float = 3600, clean_up_s: float = 0) -> str:
         record("started", tag=tag)
         try:
             await asyncio.sleep(seconds)
         finally:
-            await asyncio.sleep(0)
+            await asyncio.sleep(clean_up_s)
             record("cleaned up", tag=tag)
         return tag
 

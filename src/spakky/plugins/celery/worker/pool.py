@@ -358,6 +358,8 @@ class _Run:
             self._is_unwanted = True  # Celery says so of it when it is accepted, and it is not begun then
         if self._has_ended or not self.is_accepted:
             return  # what was stored already is reported, too, and acknowledged
+        if self._is_dropped:
+            return  # a cold shutdown comes here twice, and a second cancellation would break the clean-up off
         self._is_dropped = True
         self._pool.loop.call_soon_threadsafe(self._interrupt, asyncio.CancelledError())
 
@@ -400,10 +402,14 @@ class _Run:
             self._body.interrupt(error)
 
     def _pass_soft_limit(self) -> None:
+        if self._is_dropped:
+            return  # it cleans up
         self._interrupt(SoftTimeLimitExceeded(self._soft_timeout))
         self._report_timeout(True, self._soft_timeout)  # noqa: FBT003  # Celery's signature
 
     def _pass_hard_limit(self) -> None:
+        if self._is_dropped:
+            return  # it cleans up
         self._is_dropped = True
         self._interrupt(asyncio.CancelledError())
         self._report_timeout(False, self._timeout)  # noqa: FBT003  # Celery's signature
