@@ -106,10 +106,19 @@ def test_a_soft_limit_is_raised_at_the_await(ours: Bench) -> None:
     with pytest.raises(SoftTimeLimitExceeded):
         uncaught.get(timeout=30)
     assert ours.events(event="cleaned up", tag="soft")
-    assert signals_of(ours, caught) == [("prerun", None), ("success", None), ("postrun", None)]
-    failed = ("failure", "SoftTimeLimitExceeded")
-    wait_until(lambda: signals_of(ours, uncaught) == [("prerun", None), failed, ("postrun", None)])
+    for result, end in ((caught, ("success", None)), (uncaught, ("failure", "SoftTimeLimitExceeded"))):
+        ours.wait_for_events(1, event="signal", name="postrun", id=result.id)
+        assert signals_of(ours, result) == [("prerun", None), end, ("postrun", None)]
     assert "Soft time limit (0.5s) exceeded" in ours.worker.output
+
+
+@pytest.mark.parametrize(
+    ("place", "children"), [("body of a group", 1), ("end of a group", 1), ("gather", 2), ("condition", 0)]
+)
+def test_a_soft_limit_is_a_cancellation_for_asyncio(ours: Bench, place: str, children: int) -> None:
+    """What asyncio does when an await is cancelled it does at a soft limit, before the body can catch it."""
+    result = dispatch(ours, "pass_soft_limit_in", place, soft_time_limit=0.5)
+    assert result.get(timeout=30) == [*["child cleaned up"] * children, "SoftTimeLimitExceeded(0.5,)"]
 
 
 def test_a_hard_limit_cancels(ours: Bench) -> None:

@@ -291,6 +291,38 @@ class Bodies:
         return "never"
 
     @task
+    async def pass_soft_limit_in(self, place: str) -> list[str]:
+        """Tell what was cleaned up before the soft limit was caught."""
+        seen: list[str] = []
+        try:
+            await self._wait_in(place, seen)
+        except SoftTimeLimitExceeded as error:
+            seen.append(str(error))
+        return seen
+
+    async def _wait_in(self, place: str, seen: list[str]) -> None:
+        async def wait() -> None:
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                seen.append("child cleaned up")
+
+        match place:
+            case "body of a group":
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(wait())
+                    await asyncio.sleep(3600)
+            case "end of a group":
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(wait())
+            case "gather":
+                await asyncio.gather(wait(), wait())
+            case "condition":
+                condition = asyncio.Condition()
+                async with condition:
+                    await condition.wait()
+
+    @task
     async def cancel_itself(self) -> None:
         await asyncio.sleep(0)
         raise asyncio.CancelledError

@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextvars import Context, ContextVar
 from typing import Any, Final
 
+from celery.exceptions import SoftTimeLimitExceeded
+
 from spakky.plugins.celery.common.run_key import RUN_KEY, current_key
 from spakky.plugins.celery.error import TaskBodyCancelledError
 
@@ -23,6 +25,13 @@ CURRENT_BODY: ContextVar["TaskBody | None"] = ContextVar("CURRENT_BODY", default
 
 SUSPEND: ContextVar["Callable[[TaskBody], None] | None"] = ContextVar("SUSPEND", default=None)
 """How the run of this context waits for its body: set by a pool that does not give a thread to each run."""
+
+
+class _SoftLimitAtAwait(SoftTimeLimitExceeded, asyncio.CancelledError):  # type: ignore[misc]  # no types there
+    """The soft limit inside of a body: for asyncio, and what is built on it, a cancellation, which it is.
+
+    Only at a CancelledError does a lock pass its turn on, a condition take its lock back, a TaskGroup end its tasks.
+    """
 
 
 class TaskBody:
@@ -93,7 +102,7 @@ class TaskBody:
         try:
             self._outcome = await self._step_through(_to_coroutine(self._awaitable))
         except BaseException as error:  # noqa: BLE001  # a SystemExit that reached the loop would end it
-            self._error = error.with_traceback(_without_steps(error.__traceback__))
+            self._error = _to_reported(error).with_traceback(_without_steps(error.__traceback__))
         self._has_ended = True
         if self._children:
             await self._cancel_children()
@@ -124,7 +133,8 @@ class TaskBody:
         interruption, self._interruption = self._interruption, None
         assert self._asyncio_task is not None
         self._asyncio_task.uncancel()
-        return interruption
+        is_soft_limit = isinstance(interruption, SoftTimeLimitExceeded)
+        return _SoftLimitAtAwait(*interruption.args) if is_soft_limit else interruption
 
     async def _cancel_children(self) -> None:
         children = set(self._children)
@@ -222,6 +232,15 @@ async def _run_here(body: TaskBody) -> None:
     ended = asyncio.Event()
     body.begin(loop, ended.set)
     await ended.wait()
+
+
+def _to_reported(error: BaseException) -> BaseException:
+    """Give Celery and whoever waits for the result the error that they know."""
+    if not isinstance(error, _SoftLimitAtAwait):
+        return error
+    reported = SoftTimeLimitExceeded(*error.args)
+    reported.__cause__, reported.__context__ = error.__cause__, error.__context__
+    return reported  # type: ignore[no-any-return]  # the host ships no types
 
 
 def _without_steps(traceback: types.TracebackType | None) -> types.TracebackType | None:
