@@ -4,7 +4,7 @@ export PYTHON
 unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 
-.PHONY: all help lint types fast test conformance demo bench soak chaos fix cover wheel clean
+.PHONY: all help lint types fast test conformance demo bench soak chaos fuzz fix cover wheel clean
 
 all: lint types fast  ## Lint, types and fast tests: under a minute
 
@@ -39,6 +39,9 @@ soak: .venv/.ready  ## Ten minutes of load on one worker, every task accounted f
 
 chaos: .venv/.ready  ## Kills and broker outages, more of them than the tests have
 	SPAKKY_TEST_OUTAGES=20 $(BIN)/pytest -q --timeout 1200 tests/acceptance/test_outages.py tests/acceptance/test_delivery.py
+
+fuzz: .venv/.ready  ## Twenty thousand values of random types through the codec and the real serializers
+	SPAKKY_TEST_EXAMPLES=20000 $(BIN)/pytest -q --timeout 1800 tests/unit/test_codec.py -k any_value
 
 demo: .venv/.ready  ## The quickstart, with a real worker and beat
 	$(BIN)/python examples/quickstart/run.py

@@ -36,6 +36,7 @@ WORKER_LIFE = {
     "worker.job_threads",
 }
 VALUES = {
+    "codec",
     "common",
     "common.broker_url",
     "common.celery_options",
@@ -52,6 +53,7 @@ VALUES = {
     "common.task_loop",
     "common.task_method",
     "common.task_result",
+    "common.wire_schema",
     "error",
     "options",
     "schedule",

@@ -68,8 +68,9 @@ FACTS: dict[str, dict[str, Any]] = {
     "TaskNotRegisteredError": {"task": "shop.Billing.refund", "nearest": ("shop.Mailer.write", "shop.Mailer.attach")},
     "TaskArgumentsError": {
         "task": "shop.Mailer.write",
-        "reason": "missing a required argument: 'text'",
+        "reason": "text at $ should be a valid string, not 5 (int)",
         "signature": "(name: str, text: str)",
+        "problems": ("text at $ should be a valid string, not 5 (int)",),
     },
     "TaskNotEncodableError": {
         "task": "shop.Mailer.attach",
@@ -99,6 +100,10 @@ FACTS: dict[str, dict[str, Any]] = {
         "reason": "not in the list",
     },
     "TaskBodyCancelledError": {"task": "shop.Mailer.send"},
+    "TaskResultMismatchError": {
+        "task": "shop.Mailer.write",
+        "problems": ("$ should be a valid string, not None (NoneType)",),
+    },
     "TaskResultTimeoutError": {"task_id": "9d9f8a8e-0c9e-4f7e-8f9b-0a3a5a3b1c11", "seconds": 2.5},
     "UnsupportedWorkerOptionError": {
         "option": "worker_max_tasks_per_child",
@@ -121,6 +126,7 @@ HOST_BASES: dict[str, tuple[type[BaseException], ...]] = {
     "TaskBatchIncompleteError": (errors.AbstractTaskDispatchError,),
     "TaskDispatchFailedError": (errors.AbstractTaskDispatchError, ConnectionError),
     "TaskDispatchTimeoutError": (errors.AbstractTaskDispatchError, TimeoutError),
+    "TaskResultMismatchError": (TypeError,),
     "TaskResultTimeoutError": (TimeoutError,),
     "TaskCallerUnauthenticatedError": (AuthContextNotFoundError,),
     "TaskAuthorizationDeniedError": (AuthRequirementDeniedError, AuthorizationError),

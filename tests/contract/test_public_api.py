@@ -134,6 +134,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "to_auth_metadata",
     ],
     "cli": ["find_application", "main"],
+    "codec": ["Sensitive", "TaskCodec", "codec_of"],
     "common": [],
     "common.config": ["CeleryConfig", "CeleryDelivery", "CelerySerializer"],
     "common.constants": [
@@ -142,6 +143,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "ASYNC_BODY_ATTRIBUTE",
         "BLOCKED_LOOP_SETTING",
         "CELERY_TASK_CONTEXT_KEY",
+        "CODEC_HEADER",
         "DEFAULT_CONCURRENCY",
         "DEFAULT_CONCURRENCY_SETTING",
         "HANDLER_POD_HEADER",
@@ -174,6 +176,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "TaskMessageTooLargeError",
         "TaskNotEncodableError",
         "TaskNotRegisteredError",
+        "TaskResultMismatchError",
         "TaskResultTimeoutError",
         "UnsupportedTaskMethodError",
         "UnsupportedWorkerOptionError",

@@ -36,6 +36,7 @@ from spakky.plugins.celery.auth import (
     to_auth_metadata,
 )
 from spakky.plugins.celery.batch import BatchProgress
+from spakky.plugins.celery.codec import codec_of
 from spakky.plugins.celery.common.celery_options import to_publish_options
 from spakky.plugins.celery.common.constants import HANDLER_POD_HEADER, SERIALIZER_HEADER
 from spakky.plugins.celery.common.result_waiter import REDIS_MODULE, is_of
@@ -137,11 +138,12 @@ class TaskSender:
         """
         envelope = self._prepare(bound, args, kwargs, options)
         if self._defer([envelope], options):
-            return self._to_handle(self._make_result(envelope))
+            return self._to_handle(self._make_result(envelope), envelope)
         try:
-            return self._to_handle(self._publisher.call(partial(self._publish, envelope), self._timeout_s))
+            result = self._publisher.call(partial(self._publish, envelope), self._timeout_s)
         except PublishTimeoutError:
             raise self._to_timeout_error(envelope) from None
+        return self._to_handle(result, envelope)
 
     async def send_async(
         self,
@@ -153,12 +155,12 @@ class TaskSender:
         """Same as ``send``, but the event loop goes on meanwhile."""
         envelope = self._prepare(bound, args, kwargs, options)
         if self._defer([envelope], options):
-            return self._to_handle(self._make_result(envelope))
+            return self._to_handle(self._make_result(envelope), envelope)
         try:
             result = await self._publisher.call_async(partial(self._publish, envelope), self._timeout_s)
         except PublishTimeoutError:
             raise self._to_timeout_error(envelope) from None
-        return self._to_handle(result)
+        return self._to_handle(result, envelope)
 
     def send_many(
         self,
@@ -182,7 +184,7 @@ class TaskSender:
         envelopes = self._prepare_many(bound, calls, options)
         if not self._defer(envelopes, options):
             self.send_deferred(envelopes)
-        return [self._to_handle(self._make_result(envelope)) for envelope in envelopes]
+        return [self._to_handle(self._make_result(envelope), envelope) for envelope in envelopes]
 
     async def send_many_async(
         self,
@@ -194,7 +196,7 @@ class TaskSender:
         envelopes = self._prepare_many(bound, calls, options)
         if not self._defer(envelopes, options):
             await self.send_deferred_async(envelopes)
-        return [self._to_handle(self._make_result(envelope)) for envelope in envelopes]
+        return [self._to_handle(self._make_result(envelope), envelope) for envelope in envelopes]
 
     def send_deferred(self, envelopes: Sequence[_Envelope]) -> None:
         """Send what was prepared before, in order."""
@@ -232,16 +234,18 @@ class TaskSender:
         if self.catalog is not None:
             self.catalog.check_registered(method)
         method.check_arguments(args, kwargs)
+        codec = codec_of(method)
+        wire_args, wire_kwargs = codec.encode_arguments(args, kwargs)
         options = merge_options(method.options, call_options)
         headers = self._make_headers(bound)
         if call_options.get("serializer") is not None:
             headers[SERIALIZER_HEADER] = str(call_options["serializer"])
         return _Envelope(
             method=method,
-            args=args,
-            kwargs=kwargs,
+            args=wire_args,
+            kwargs=wire_kwargs,
             headers=headers,
-            options=self._make_lineage() | to_publish_options(options),
+            options=self._make_lineage() | to_publish_options(options) | codec.masked_reprs(args, kwargs),
             ignore_result=options.get("ignore_result"),
             reply_queue=self._find_reply_queue(),
             task_id=uuid(),
@@ -360,11 +364,11 @@ class TaskSender:
             return None
         return cast("Queue", self.celery.backend.binding)
 
-    def _to_handle(self, result: AsyncResult) -> CeleryTaskResult[Any]:
+    def _to_handle(self, result: AsyncResult, envelope: _Envelope) -> CeleryTaskResult[Any]:
         """Wrap a result, to be waited for over the connections of the caller's thread: Celery has some per thread."""
         if isinstance(result, AsyncResult):
             result.backend = self.celery.backend
-        return CeleryTaskResult(result)
+        return CeleryTaskResult.typed(result, codec_of(envelope.method).decode_result)
 
     def _make_result(self, envelope: _Envelope) -> AsyncResult:
         result = self.celery.AsyncResult(envelope.task_id)

@@ -23,6 +23,7 @@ The tree::
     +-- AuthSnapshotPropagationSignerUnavailableError
     +-- TaskCallerUnauthenticatedError      also a spakky-auth AuthContextNotFoundError
     +-- TaskAuthorizationDeniedError        also a spakky-auth AuthRequirementDeniedError
+    +-- TaskResultMismatchError             a return value that is not what its annotation says
     +-- TaskResultTimeoutError              a result that did not come in time
     +-- TaskBodyCancelledError              a CancelledError that nobody asked for
     +-- UnsupportedWorkerOptionError        what a pool cannot keep
@@ -61,6 +62,7 @@ __all__ = [
     "TaskMessageTooLargeError",
     "TaskNotEncodableError",
     "TaskNotRegisteredError",
+    "TaskResultMismatchError",
     "TaskResultTimeoutError",
     "UnsupportedTaskMethodError",
     "UnsupportedWorkerOptionError",
@@ -350,23 +352,31 @@ class TaskNotRegisteredError(AbstractTaskDispatchError):
 
 
 class TaskArgumentsError(AbstractTaskDispatchError, TypeError):
-    """Raised at the call site when the arguments do not fit the method's parameters.
+    """Raised when arguments do not fit the method's parameters: at the call site, or for a message in the worker.
 
     Args:
         task: Name of the task.
         reason: What does not fit, naming the parameter.
         signature: The method's parameters.
+        problems: Each value that does not fit its annotation, as ``invoice at $.lines[2].price should be ...``.
     """
 
     message = "Arguments do not fit the task"
     problem = "Task {task!r} was called with arguments that do not fit: {reason}."
     remedy = "Its parameters are {signature}."
 
-    def __init__(self, task: str = "", reason: str = "", signature: str = "") -> None:
-        self._keep(task=task, reason=reason, signature=signature)
+    def __init__(
+        self,
+        task: str = "",
+        reason: str = "",
+        signature: str = "",
+        problems: tuple[str, ...] = (),
+    ) -> None:
+        self._keep(task=task, reason=reason, signature=signature, problems=problems)
 
     reason: str
     signature: str
+    problems: tuple[str, ...]
 
 
 class TaskNotEncodableError(AbstractTaskDispatchError):
@@ -587,6 +597,25 @@ class TaskBodyCancelledError(AbstractSpakkyCeleryError):
         self._keep(task=task)
 
     task: str
+
+
+class TaskResultMismatchError(AbstractSpakkyCeleryError, TypeError):
+    """Raised in the worker for what a body returned, and to the caller for a result that another program stored.
+
+    Args:
+        task: Name of the task.
+        problems: Each value that does not fit, as ``$.lines[2].price should be ..., not ...``.
+    """
+
+    message = "The result is not what its annotation says"
+    problem = "The result of task {task!r} is not what its method's return annotation says: {problems}."
+    remedy = "Return such a value, or change the annotation."
+
+    def __init__(self, task: str = "", problems: tuple[str, ...] = ()) -> None:
+        self._keep(task=task, problems=problems)
+
+    task: str
+    problems: tuple[str, ...]
 
 
 class TaskResultTimeoutError(AbstractSpakkyCeleryError, TimeoutError):

@@ -21,9 +21,11 @@ from spakky.plugins.celery.auth import (
     seed_auth_context,
     to_auth_metadata,
 )
+from spakky.plugins.celery.codec import codec_of
 from spakky.plugins.celery.common.constants import (
     APPLICATION_CONTEXT_ATTRIBUTE,
     CELERY_TASK_CONTEXT_KEY,
+    CODEC_HEADER,
     HANDLER_POD_HEADER,
     SERIALIZER_HEADER,
 )
@@ -73,6 +75,7 @@ class TaskExecution:
             TaskAuthorizationDeniedError: If the identity does not meet the requirements of the task, or of what it
                 calls.
             TaskArgumentsError: If the arguments do not fit the method.
+            TaskResultMismatchError: If what the body returned is not what its annotation says.
         """
         try:
             return self._run_once(task, method, args, kwargs)
@@ -93,7 +96,8 @@ class TaskExecution:
         try:
             context.run(self._enter, task, method)
             outcome: object = context.run(self._call, task, method, args, kwargs)
-            return self._wait_for(outcome, task, method, context) if isawaitable(outcome) else outcome
+            returned = self._wait_for(outcome, task, method, context) if isawaitable(outcome) else outcome
+            return codec_of(method).encode_result(returned)
         except AuthRequirementDeniedError as error:
             if isinstance(error, TaskAuthorizationDeniedError) or error.decision is None:
                 raise  # never `raise error from error`: the chain of causes would lead back to itself
@@ -118,8 +122,11 @@ class TaskExecution:
     def _call(self, task: Task, method: TaskMethod, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         """Call the method; what it returns may have to be awaited in the same context."""
         method.check_arguments(args, kwargs)
-        positional, keywords = method.to_positional(args, kwargs)
-        handler = self._resolve(method, (task.request.headers or {}).get(HANDLER_POD_HEADER))
+        headers = task.request.headers or {}
+        codec = codec_of(method)
+        codec.check_version(headers.get(CODEC_HEADER))
+        positional, keywords = method.to_positional(*codec.decode_arguments(args, kwargs))
+        handler = self._resolve(method, headers.get(HANDLER_POD_HEADER))
         return getattr(handler, method.attribute)(*positional, **keywords)
 
     def _wait_for(self, awaitable: Awaitable[object], task: Task, method: TaskMethod, context: Context) -> object:

@@ -20,7 +20,7 @@ from kombu.serialization import dumps, prepare_accept_content
 from spakky.auth.error import AuthContextNotFoundError, AuthRequirementDeniedError
 
 from spakky.plugins.celery.common.config import CeleryDelivery, CelerySerializer
-from spakky.plugins.celery.error import InvalidTaskOptionError, TaskArgumentsError
+from spakky.plugins.celery.error import InvalidTaskOptionError, TaskArgumentsError, TaskResultMismatchError
 
 __all__ = [
     "CallOptions",
@@ -47,7 +47,13 @@ _ATTRIBUTE: Final = "__spakky_celery_task_options__"
 
 _HIGHEST_PRIORITY: Final = 9
 _RATE: Final = re.compile(r"\d+(?:\.\d+)?(?:/[smh])?")
-_NEVER_RETRIED: Final = (TaskPredicate, AuthRequirementDeniedError, AuthContextNotFoundError, TaskArgumentsError)
+_NEVER_RETRIED: Final = (
+    TaskPredicate,
+    AuthRequirementDeniedError,
+    AuthContextNotFoundError,
+    TaskArgumentsError,
+    TaskResultMismatchError,
+)
 _EXCLUSIVE: Final = (("countdown", "eta"), ("eta", "countdown"))
 
 

@@ -23,6 +23,7 @@ from spakky.core.service.interfaces.service import IService
 from spakky.task.stereotype.task_handler import TaskHandler
 
 from spakky.plugins.celery.auth import AuthPorts
+from spakky.plugins.celery.codec import codec_of
 from spakky.plugins.celery.common.celery_options import (
     check_beside_settings,
     select_named_queues,
@@ -238,6 +239,8 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
                 raise DuplicateTaskNameError(name, f"{known.__module__} (a plain Celery task)", method.location)
             celery.tasks.unregister(name)
         attributes = {"default_retry_delay": _RETRY_DELAY_S, **to_task_attributes(method.options)}
+        if codec_of(method).has_sensitive_result:
+            attributes["resultrepr_maxsize"] = 0  # Celery logs a result, and puts it into events, up to this length
         celery.task(
             self._make_body(method),
             bind=True,

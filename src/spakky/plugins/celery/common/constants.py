@@ -8,6 +8,7 @@ __all__ = [
     "ASYNC_BODY_ATTRIBUTE",
     "BLOCKED_LOOP_SETTING",
     "CELERY_TASK_CONTEXT_KEY",
+    "CODEC_HEADER",
     "DEFAULT_CONCURRENCY",
     "DEFAULT_CONCURRENCY_SETTING",
     "HANDLER_POD_HEADER",
@@ -23,6 +24,9 @@ HANDLER_POD_HEADER: Final = "spakky.celery.pod"
 
 SERIALIZER_HEADER: Final = "spakky.celery.serializer"
 """Header that names the format of a message whose call chose one, so that its retries keep it."""
+
+CODEC_HEADER: Final = "spakky.celery.codec"
+"""Header with the version of the wire forms of arguments, of which there is one so far: it is not sent."""
 
 APPLICATION_CONTEXT_ATTRIBUTE: Final = "spakky_application_context"
 """Attribute of our Celery tasks: the application context that they belong to."""

@@ -2,8 +2,9 @@
 
 import asyncio
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Final, TypeVar, cast, override
+from typing import Final, Self, TypeVar, cast, override
 
 import celery.exceptions
 from celery.backends.base import DisabledBackend
@@ -23,6 +24,8 @@ _BLOCKED_LOOP: Final = "get() blocks the event loop until task {} has ended: awa
 class CeleryTaskResult(ITaskResult[T]):
     """Handle over one dispatched task, from any process that knows the result back end."""
 
+    _decode: Callable[[object], object] | None = None
+
     def __init__(self, result: AsyncResult) -> None:
         """Wrap a Celery result.
 
@@ -30,6 +33,18 @@ class CeleryTaskResult(ITaskResult[T]):
             result: What Celery's ``send_task`` returned.
         """
         self._result = result
+
+    @classmethod
+    def typed(cls, result: AsyncResult, decode: Callable[[object], object]) -> Self:
+        """Wrap a Celery result whose value is typed.
+
+        Args:
+            result: What Celery's ``send_task`` returned.
+            decode: Makes the typed value of what is stored.
+        """
+        handle = cls(result)
+        handle._decode = decode
+        return handle
 
     @property
     @override
@@ -57,7 +72,7 @@ class CeleryTaskResult(ITaskResult[T]):
             warnings.warn(_BLOCKED_LOOP.format(self.task_id), RuntimeWarning, stacklevel=2)
         seconds = _to_seconds(timeout)
         try:
-            return cast("T", self._result.get(timeout=seconds))
+            return self._to_value(self._result.get(timeout=seconds))
         except celery.exceptions.TimeoutError as error:
             if not self._result.ready():
                 raise TaskResultTimeoutError(self.task_id, cast("float", seconds)) from None
@@ -88,7 +103,10 @@ class CeleryTaskResult(ITaskResult[T]):
                 raise TaskResultTimeoutError(self.task_id, cast("float", seconds)) from None
             raise
         # The result is here, so that nothing blocks, and nothing can wait for another run.
-        return cast("T", self._result.get(disable_sync_subtasks=False))
+        return self._to_value(self._result.get(disable_sync_subtasks=False))
+
+    def _to_value(self, stored: object) -> T:
+        return cast("T", stored if self._decode is None else self._decode(stored))
 
     @override
     def __repr__(self) -> str:

@@ -1,0 +1,309 @@
+"""Owns how a task's arguments and result become JSON and typed values again, by annotation. Sends and runs nothing.
+
+The caller's values are checked strictly, so that a mistake shows at the call. A message is read leniently: any producer
+in any language may have written it.
+"""
+
+import typing
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import lru_cache
+from inspect import Parameter, unwrap
+from logging import getLogger
+from types import SimpleNamespace
+from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
+
+from pydantic_core import PydanticSerializationError, ValidationError, to_json
+
+from spakky.plugins.celery.common.task_method import TaskMethod, to_qualified_name
+from spakky.plugins.celery.common.wire_schema import Sensitive, WireSchema, WireSchemaError, to_path
+from spakky.plugins.celery.error import TaskArgumentsError, TaskResultMismatchError, UnsupportedTaskMethodError
+
+__all__ = ["Sensitive", "TaskCodec", "codec_of"]
+
+logger = getLogger(__name__)
+
+_MASK: Final = "<sensitive>"
+_LONGEST_SHOWN: Final = 80
+_POSITIONAL: Final = frozenset({Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD})
+_UNKNOWN: Final = object()
+_QUICK: Final[dict[Any, frozenset[type]]] = {
+    str: frozenset({str}),
+    int: frozenset({int}),
+    bool: frozenset({bool}),
+    float: frozenset({float}),
+    type(None): frozenset({type(None)}),
+}
+
+
+class _ProblemsError(Exception):
+    """Raised with the places, in one value, that do not fit its annotation, and what is wrong with each."""
+
+    def __init__(self, problems: list[tuple[str, str]]) -> None:
+        super().__init__()
+        self.problems = problems
+
+
+class _ValueCodec:
+    """One annotation, both ways."""
+
+    def __init__(self, annotation: Any) -> None:
+        self.quick = _to_quick(annotation)
+        """Types whose values are JSON as they are, and fit."""
+        self._schema = None if annotation is _UNKNOWN else WireSchema.of(annotation)
+        self.is_sensitive = self._schema is not None and self._schema.is_sensitive
+
+    def encode(self, value: Any) -> Any:
+        schema = self._schema
+        if schema is None or type(value) in self.quick:
+            return value
+        try:
+            schema.validator.validate_python(value, strict=True, extra="forbid")
+            if schema.is_plain:
+                return value
+            wire = schema.serializer.to_python(value, mode="json", warnings="error")
+        except ValidationError as error:
+            raise self._to_problems(error) from None
+        except PydanticSerializationError as error:
+            raise _ProblemsError([("$", "cannot be serialized" if self.is_sensitive else _first_line(error))]) from None
+        if schema.has_similar_records and self.decode(wire) != value:
+            text = f"{_shown(value)} would come back as {_shown(self.decode(wire))}: give the union a discriminator"
+            raise _ProblemsError([("$", "needs a discriminator" if self.is_sensitive else text)])
+        return wire
+
+    def decode(self, wire: Any) -> Any:
+        schema = self._schema
+        if schema is None or schema.is_plain or type(wire) in self.quick:
+            return wire
+        try:
+            # JSON knows which string is a date. What kombu has made of a message, such as a date, is JSON again first.
+            json = to_json(wire, bytes_mode="base64", inf_nan_mode="constants")
+            try:
+                return schema.validator.validate_json(json, strict=True)
+            except ValidationError:
+                return schema.validator.validate_json(json)
+        except ValidationError as error:
+            raise self._to_problems(error) from None
+        except PydanticSerializationError as error:
+            raise _ProblemsError([("$", _first_line(error))]) from None
+
+    def _to_problems(self, error: ValidationError) -> _ProblemsError:
+        problems = []
+        for detail in error.errors(include_url=False, include_context=False):
+            text = detail["msg"].removeprefix("Input ")
+            given = type(detail["input"]).__qualname__ if self.is_sensitive else _shown(detail["input"])
+            path = to_path(detail["loc"], self._schema.field_names if self._schema and self.is_sensitive else None)
+            problems.append((path, text if detail["type"] == "subclass" else f"{text}, not {given}"))
+        return _ProblemsError(problems)
+
+
+class TaskCodec:
+    """The wire forms of one task's arguments and result."""
+
+    def __init__(self, method: TaskMethod) -> None:
+        """Read the method's annotations.
+
+        Raises:
+            UnsupportedTaskMethodError: If the values of one cannot travel.
+        """
+        self._task = method.name
+        self._signature = str(method.signature)
+        hints = _resolve_hints(method)
+        parameters = method.signature.parameters
+        self._codecs = {
+            name: _make_codec(method, f"parameter {name!r}", hints.get(name, _UNKNOWN)) for name in parameters
+        }
+        self._has_sensitive_arguments = any(codec.is_sensitive for codec in self._codecs.values())
+        kinds = {name: parameter.kind for name, parameter in parameters.items()}
+        self._positions = [name for name, kind in kinds.items() if kind in _POSITIONAL]
+        self._rest = next((name for name, kind in kinds.items() if kind is Parameter.VAR_POSITIONAL), "")
+        self._others = next((name for name, kind in kinds.items() if kind is Parameter.VAR_KEYWORD), "")
+        self._result = _make_codec(method, "the result", hints.get("return", _UNKNOWN))
+
+    @property
+    def has_sensitive_result(self) -> bool:
+        """Whether the result must not be shown."""
+        return self._result.is_sensitive
+
+    def check_version(self, version: object) -> None:
+        """Raise TaskArgumentsError for a message that says that its arguments have other forms than these."""
+        if version is not None:
+            reason = f"they were encoded by version {version!r} of the codec, which this worker does not have"
+            raise TaskArgumentsError(self._task, reason, self._signature)
+
+    def encode_arguments(
+        self,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
+        """Check the caller's arguments strictly, and give what goes into the message, as they were passed.
+
+        Raises:
+            TaskArgumentsError: With everything that does not fit.
+        """
+        return self._convert(_ValueCodec.encode, args, kwargs)
+
+    def decode_arguments(
+        self,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
+        """Make typed values of what was in a message.
+
+        Raises:
+            TaskArgumentsError: With everything that does not fit.
+        """
+        return self._convert(_ValueCodec.decode, args, kwargs)
+
+    def encode_result(self, value: object) -> object:
+        """Check what the body returned, and give what is stored.
+
+        Raises:
+            TaskResultMismatchError: If it is not what the method's annotation says.
+        """
+        return self._convert_result(_ValueCodec.encode, value)
+
+    def decode_result(self, wire: object) -> object:
+        """Make a typed value of a stored result.
+
+        Raises:
+            TaskResultMismatchError: If it cannot be what the method's annotation says.
+        """
+        return self._convert_result(_ValueCodec.decode, wire)
+
+    def masked_reprs(self, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, str]:
+        """Give the texts by which logs and events show the arguments; none where Celery may make them."""
+        if not self._has_sensitive_arguments:
+            return {}
+        shown = [self._show(parameter, value) for parameter, value in self._pair(args)]
+        named = [f"{name!r}: {self._show(self._to_parameter(name), value)}" for name, value in kwargs.items()]
+        return {"argsrepr": f"[{', '.join(shown)}]", "kwargsrepr": f"{{{', '.join(named)}}}"}
+
+    def _show(self, parameter: str, value: object) -> str:
+        return _MASK if self._codecs[parameter].is_sensitive else _shorten(repr(value))
+
+    def _pair(self, args: tuple[object, ...]) -> list[tuple[str, object]]:
+        """Give each argument with its parameter; that they fit was seen before."""
+        rest = [self._rest] * (len(args) - len(self._positions))
+        return list(zip([*self._positions, *rest], args, strict=False))
+
+    def _to_parameter(self, keyword: str) -> str:
+        return keyword if keyword in self._codecs and keyword != self._others else self._others
+
+    def _convert(
+        self,
+        convert: Callable[[_ValueCodec, Any], Any],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
+        problems: list[str] = []
+
+        def convert_one(parameter: str, value: object) -> object:
+            codec = self._codecs[parameter]
+            if type(value) in codec.quick:
+                return value
+            try:
+                return convert(codec, value)
+            except _ProblemsError as error:
+                problems.extend(f"{parameter} at {path} {text}" for path, text in error.problems)
+                return None
+
+        new_args = tuple([convert_one(parameter, value) for parameter, value in self._pair(args)])
+        new_kwargs = {name: convert_one(self._to_parameter(name), value) for name, value in kwargs.items()}
+        if problems:
+            raise TaskArgumentsError(self._task, "; ".join(problems), self._signature, tuple(problems))
+        return new_args, new_kwargs
+
+    def _convert_result(self, convert: Callable[[_ValueCodec, Any], Any], value: object) -> object:
+        if type(value) in self._result.quick:
+            return value
+        try:
+            return convert(self._result, value)
+        except _ProblemsError as error:
+            problems = tuple(f"{path} {text}" for path, text in error.problems)
+        raise TaskResultMismatchError(self._task, problems)
+
+
+@lru_cache(maxsize=4096)
+def codec_of(method: TaskMethod) -> TaskCodec:
+    """Give a task's codec, made once.
+
+    Raises:
+        UnsupportedTaskMethodError: If the values of one of its annotations cannot travel.
+    """
+    return TaskCodec(method)
+
+
+def _make_codec(method: TaskMethod, what: str, annotation: Any) -> _ValueCodec:
+    try:
+        return _ValueCodec(annotation)
+    except WireSchemaError as error:
+        reason = f"{what} is annotated with {_to_text(annotation)}, whose values cannot be in a message: {error}."
+        instead = "Give it a type that has a form in JSON; docs/how-to.md has a table of them."
+        raise UnsupportedTaskMethodError(to_qualified_name(method.handler), method.attribute, reason, instead) from None
+
+
+def _resolve_hints(method: TaskMethod) -> dict[str, Any]:
+    """Read a method's annotations, with the handler class's own types in place of its generic bases' variables."""
+    scope = {variable.__name__: variable for class_ in method.handler.__mro__ for variable in _type_parameters(class_)}
+    given = _type_arguments(method.handler)
+    hints = {}
+    for name, annotation in method.function.__annotations__.items():
+        holder = SimpleNamespace(__annotations__={name: annotation})
+        try:
+            hint = get_type_hints(holder, unwrap(method.function).__globals__, scope, include_extras=True)[name]
+        except (NameError, AttributeError) as error:
+            logger.warning("%s: the annotation of %r is ignored: %s", method.location, name, error)
+            continue
+        if get_origin(hint) is not typing.Unpack:
+            hints[name] = _substitute(_to_awaited(hint) if name == "return" else hint, given)
+    return hints
+
+
+def _type_parameters(class_: type) -> tuple[Any, ...]:
+    return getattr(class_, "__type_params__", ())
+
+
+def _type_arguments(handler: type) -> dict[Any, Any]:
+    """Find what a class, or a base of it, puts in place of the type variables of a generic base."""
+    given: dict[Any, Any] = {}
+    for class_ in handler.__mro__:
+        for base in vars(class_).get("__orig_bases__", ()):
+            parameters = getattr(get_origin(base), "__parameters__", ())
+            given.update(zip(parameters, (_substitute(one, given) for one in get_args(base)), strict=False))
+    return given
+
+
+def _substitute(hint: Any, given: dict[Any, Any]) -> Any:
+    if isinstance(hint, TypeVar):
+        return given.get(hint, hint)
+    parameters = getattr(hint, "__parameters__", ())
+    if isinstance(hint, type) or not parameters:
+        return hint
+    return hint[tuple(given.get(parameter, parameter) for parameter in parameters)]
+
+
+def _to_awaited(hint: Any) -> Any:
+    """See through what a function that is no ``async def`` says of its coroutine."""
+    return get_args(hint)[-1] if get_origin(hint) in {Awaitable, Coroutine} else hint
+
+
+def _to_quick(annotation: Any) -> frozenset[type]:
+    members = get_args(annotation) if get_origin(annotation) in {typing.Union, type(int | str)} else (annotation,)
+    quick = [_QUICK[member] for member in members if isinstance(member, type) and member in _QUICK]
+    return frozenset[type]().union(*quick)
+
+
+def _to_text(annotation: Any) -> str:
+    return annotation.__qualname__ if isinstance(annotation, type) else str(annotation)
+
+
+def _shown(value: object) -> str:
+    return f"{_shorten(repr(value))} ({type(value).__qualname__})"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rpartition("ValueError: ")[2]
