@@ -31,6 +31,7 @@ DISPATCH = "from support.peer_app import main; main()"
 @pytest.fixture(scope="session")
 def published() -> Path:
     """The bin folder of an environment that has the published package."""
+    require_server(REDIS_URL, "SPAKKY_TEST_REDIS_URL", 6379)  # before anything is installed for it
     environment = HERE.parent / f"peer-{PUBLISHED}"
     ready, content = environment / "ready", "\n".join(PACKAGES)
     if not ready.exists() or ready.read_text() != content:
@@ -39,7 +40,8 @@ def published() -> Path:
             [uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(environment)],
             [uv, "pip", "install", "--quiet", "--python", python, *PACKAGES],
         ):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            trusting = {**os.environ, "UV_SYSTEM_CERTS": "1"}  # as scripts/bootstrap does
+            done = subprocess.run(command, env=trusting, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 reason = f"the published package cannot be installed: {done.stderr}"
                 (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
@@ -49,7 +51,6 @@ def published() -> Path:
 
 def exchange(kind: str, folder: Path, client: Path, worker: Path) -> dict[str, Any]:
     """Dispatch everything from one package's process to the other's worker."""
-    require_server(REDIS_URL, "SPAKKY_TEST_REDIS_URL", 6379)
     common = {
         "SPAKKY_CELERY__BROKER_URL": make_broker(kind, folder).broker_url,
         "SPAKKY_CELERY__RESULT_BACKEND": REDIS_URL,

@@ -17,7 +17,10 @@ from support.probe import Calls, Outer
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=["filesystem-asyncio", "filesystem-threads", "filesystem-prefork"])
+@pytest.fixture(
+    scope="module",
+    params=["filesystem-asyncio", "filesystem-threads", "filesystem-prefork", "redis-solo", "amqp-prefork"],
+)
 def worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     kind, pool = request.param.split("-")
     with bench(
@@ -76,10 +79,11 @@ def test_transactional_of_spakky_data(worker: Bench, name: str) -> None:
     assert pid != os.getpid()
 
 
-def test_outermost_application_aspect_does_no_harm(worker: Bench) -> None:
+@pytest.mark.parametrize("name", ["logged", "logged_async"])
+def test_outermost_application_aspect_does_no_harm(worker: Bench, name: str) -> None:
     """An aspect with @Order(0) and every kind of advice runs around the body in the worker, and nowhere else."""
     take(worker)
-    assert worker.get(Calls).logged("t").get() == "t"
+    assert worker.get(TaskDispatcher).dispatch(getattr(worker.get(Calls), name), "t").get() == "t"
     assert names_of(worker) == ["before", "body", "after_returning", "after"]
     assert os.getpid() not in pids_of(worker, "before", "after")
 
@@ -90,6 +94,20 @@ def test_inherited_tasks_run_on_their_own_handler(worker: Bench) -> None:
     assert worker.get(handlers.Overrides).name_class().get() == "overridden"
     assert worker.get(handlers.Decorated).add(2, second=3).get() == 5
     assert worker.get(handlers.LazyHandler).run().get() == "lazy"
+    dispatch: Any = worker.get(TaskDispatcher).dispatch
+    assert dispatch(worker.get(handlers.Numbers).echo, 7).get() == 7
+    assert dispatch(worker.get(handlers.Words).echo, "seven").get() == "seven"
+
+
+@pytest.mark.parametrize("handler", ["Inherits", "Overrides"])
+def test_inherited_schedules_run_on_their_own_handler(worker: Bench, handler: str) -> None:
+    """Two handlers that inherit one schedule are two tasks, which beat sends as it would any other."""
+    (entry,) = [
+        entry
+        for name, entry in celery_of(worker.client).conf.beat_schedule.items()
+        if name == f"support.handlers.{handler}.clean"
+    ]
+    assert celery_of(worker.client).send_task(entry["task"]).get(timeout=20) == f"cleaned by {handler}"
 
 
 def test_two_pods_of_one_class(worker: Bench) -> None:

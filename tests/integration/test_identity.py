@@ -15,6 +15,7 @@ from spakky.core.application.application_context import ApplicationContext
 from spakky.core.pod.annotations.pod import Pod
 from spakky.core.pod.annotations.primary import Primary
 from spakky.core.pod.interfaces.post_processor import IPostProcessor
+from spakky.core.service.interfaces.service import IService
 from spakky.task import DuplicateTaskError, TaskHandler, task
 
 from spakky.plugins.celery.common.constants import HANDLER_POD_HEADER
@@ -349,6 +350,62 @@ def test_two_applications_at_once(start: Callable[..., SpakkyApplication]) -> No
     assert celery_of(first).tasks[name].apply().get() == "Inherits"
     first.stop()
     assert celery_of(second).tasks[name].apply().get() == "Inherits"
+
+
+def test_each_application_runs_its_own_pods(start: Callable[..., SpakkyApplication]) -> None:
+    """One handler class in two applications at once: a run is on the Pod of its own application."""
+    first, second = start(handlers.first_tagged), start(handlers.second_tagged)
+    for _ in range(2):
+        for app, tag in ((first, "first"), (second, "second")):
+            assert celery_of(app).tasks["support.handlers.Tagged.read_tag"].apply().get() == tag
+
+
+def test_calls_while_the_application_starts_are_dispatched(start: Callable[..., SpakkyApplication]) -> None:
+    """A call in a Pod's constructor, and one in a service's start, put a message on the broker and run nothing."""
+
+    @Pod()
+    class Impatient(IService):
+        def __init__(self, handler: handlers.Inherits, lazy: handlers.LazyHandler) -> None:
+            self.results: list[Any] = [handler.name_class(), lazy.run()]
+            self._handler = handler
+
+        def set_stop_event(self, stop_event: threading.Event) -> None: ...
+
+        def start(self) -> None:
+            self.results.append(self._handler.name_class())
+
+        def stop(self) -> None: ...
+
+    app = start(Impatient, handlers.LazyHandler, handlers.Inherits)
+    assert {type(result).__name__ for result in app.container.get(Impatient).results} == {"CeleryTaskResult"}
+    assert [message["headers"]["task"].removeprefix("support.handlers.") for message in sent(app)] == [
+        "Inherits.name_class",
+        "LazyHandler.run",
+        "Inherits.name_class",
+    ]
+
+
+@pytest.mark.parametrize("moment", ["before the start", "after the start", "entry by entry"])
+def test_the_users_own_schedule_is_merged(moment: str, start: Callable[..., SpakkyApplication]) -> None:
+    """The user's entries and ours are both there, whichever came first; stop() takes ours and leaves the user's."""
+    mine = {"task": "celery.ping", "schedule": 60.0}
+
+    @Pod()
+    class Schedules(CeleryCustomizer):
+        def customize(self, celery: Celery) -> None:
+            if moment == "before the start":
+                celery.conf.beat_schedule = {"mine": mine}
+
+    app = start(Schedules, handlers.Inherits)
+    celery = celery_of(app)
+    if moment == "after the start":
+        celery.conf.beat_schedule = {"mine": mine}
+    if moment == "entry by entry":
+        celery.conf.beat_schedule["mine"] = mine
+    celery.loader.import_default_modules()  # as worker and beat do first of all
+    assert set(celery.conf.beat_schedule) == {"mine", "support.handlers.Inherits.clean"}
+    app.stop()
+    assert celery.conf.beat_schedule == {"mine": mine}
 
 
 def test_stop_takes_everything_back(start: Callable[..., SpakkyApplication]) -> None:

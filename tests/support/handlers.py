@@ -23,7 +23,8 @@ class Base:
         return type(self).__name__
 
     @schedule(interval=timedelta(minutes=5))
-    def clean(self) -> None: ...
+    def clean(self) -> str:
+        return f"cleaned by {type(self).__name__}"
 
 
 @TaskHandler()

@@ -100,6 +100,32 @@ class LoggingAspect(IAspect):
         record("after")
 
 
+@Order(0)
+@AsyncAspect()
+class AsyncLoggingAspect(IAsyncAspect):
+    """The same for async bodies."""
+
+    @Before(Logged.exists)
+    @override
+    async def before_async(self, *args: Any, **kwargs: Any) -> None:
+        record("before")
+
+    @AfterReturning(Logged.exists)
+    @override
+    async def after_returning_async(self, result: Any) -> None:
+        record("after_returning")
+
+    @AfterRaising(Logged.exists)
+    @override
+    async def after_raising_async(self, error: Exception) -> None:
+        record("after_raising", error=type(error).__name__)
+
+    @After(Logged.exists)
+    @override
+    async def after_async(self) -> None:
+        record("after")
+
+
 @Pod()
 class Greeter:
     """A dependency of a handler."""
@@ -165,6 +191,12 @@ class Calls:
     @Logged()
     @task
     def logged(self, tag: str) -> str:
+        record("body", tag=tag)
+        return tag
+
+    @Logged()
+    @task
+    async def logged_async(self, tag: str) -> str:
         record("body", tag=tag)
         return tag
 
@@ -266,6 +298,7 @@ PODS = (
     TransactionAspect,
     AsyncTransactionAspect,
     LoggingAspect,
+    AsyncLoggingAspect,
     Greeter,
     RunScoped,
     Calls,
