@@ -19,8 +19,9 @@ lint: .venv/.ready  ## Ruff
 	$(BIN)/ruff format --check .
 
 types: .venv/.ready  ## mypy --strict and pyright
-	$(BIN)/mypy src
+	$(BIN)/mypy src examples/typed_calls/app.py
 	$(BIN)/pyright
+	$(BIN)/pytest -q -n 2 tests/typing
 
 fast: .venv/.ready  ## Unit and contract tests
 	$(BIN)/pytest -q -n 2 -m "not slow" tests/unit tests/contract

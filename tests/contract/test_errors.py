@@ -72,6 +72,11 @@ FACTS: dict[str, dict[str, Any]] = {
         "signature": "(name: str, text: str)",
         "problems": ("text at $ should be a valid string, not 5 (int)",),
     },
+    "TaskCompositionError": {
+        "task": "shop.Mailer.write",
+        "reason": "shop.Orders.place gives int, and its parameter 'name' takes str",
+        "instead": "Join tasks whose result is what the next one takes first.",
+    },
     "TaskNotEncodableError": {
         "task": "shop.Mailer.attach",
         "serializer": "json",
@@ -121,6 +126,7 @@ HOST_BASES: dict[str, tuple[type[BaseException], ...]] = {
     "DuplicateTaskNameError": (DuplicateTaskError,),
     "TaskNotRegisteredError": (errors.AbstractTaskDispatchError,),
     "TaskArgumentsError": (errors.AbstractTaskDispatchError, TypeError),
+    "TaskCompositionError": (errors.AbstractTaskDispatchError, TypeError),
     "TaskNotEncodableError": (errors.AbstractTaskDispatchError,),
     "TaskMessageTooLargeError": (errors.AbstractTaskDispatchError,),
     "TaskBatchIncompleteError": (errors.AbstractTaskDispatchError,),

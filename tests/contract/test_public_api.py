@@ -133,8 +133,9 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "seed_auth_context",
         "to_auth_metadata",
     ],
+    "canvas": ["Leaf", "TaskCall", "TaskGroup", "TaskStep", "compose_chain", "compose_chord"],
     "cli": ["find_application", "main"],
-    "codec": ["Sensitive", "TaskCodec", "codec_of"],
+    "codec": ["Sensitive", "TaskCodec", "codec_of", "resolve_hints"],
     "common": [],
     "common.config": ["CeleryConfig", "CeleryDelivery", "CelerySerializer"],
     "common.constants": [
@@ -153,7 +154,8 @@ PUBLIC_NAMES: dict[str, list[str]] = {
     "common.customizer": ["CeleryCustomizer"],
     "common.task_result": ["CeleryTaskResult"],
     "worker.pool": ["AsyncioPool"],
-    "dispatch": ["PUBLISH_TIMEOUT_SETTING", "ConfiguredTask", "TaskDispatcher", "TaskSender"],
+    "configured_task": ["ConfiguredTask"],
+    "dispatch": ["PUBLISH_TIMEOUT_SETTING", "TaskDispatcher", "TaskSender"],
     "error": [
         "AbstractSpakkyCeleryError",
         "AbstractTaskDispatchError",
@@ -171,6 +173,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "TaskBatchIncompleteError",
         "TaskBodyCancelledError",
         "TaskCallerUnauthenticatedError",
+        "TaskCompositionError",
         "TaskDispatchFailedError",
         "TaskDispatchTimeoutError",
         "TaskMessageTooLargeError",

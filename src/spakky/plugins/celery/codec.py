@@ -14,11 +14,12 @@ from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic_core import PydanticSerializationError, ValidationError, to_json
 
+from spakky.plugins.celery.common.previous import PREVIOUS
 from spakky.plugins.celery.common.task_method import TaskMethod, to_qualified_name
 from spakky.plugins.celery.common.wire_schema import Sensitive, WireSchema, WireSchemaError, to_path
 from spakky.plugins.celery.error import TaskArgumentsError, TaskResultMismatchError, UnsupportedTaskMethodError
 
-__all__ = ["Sensitive", "TaskCodec", "codec_of"]
+__all__ = ["Sensitive", "TaskCodec", "codec_of", "resolve_hints"]
 
 logger = getLogger(__name__)
 
@@ -107,7 +108,7 @@ class TaskCodec:
         """
         self._task = method.name
         self._signature = str(method.signature)
-        hints = _resolve_hints(method)
+        hints = resolve_hints(method)
         parameters = method.signature.parameters
         self._codecs = {
             name: _make_codec(method, f"parameter {name!r}", hints.get(name, _UNKNOWN)) for name in parameters
@@ -199,7 +200,7 @@ class TaskCodec:
 
         def convert_one(parameter: str, value: object) -> object:
             codec = self._codecs[parameter]
-            if type(value) in codec.quick:
+            if type(value) in codec.quick or value is PREVIOUS:
                 return value
             try:
                 return convert(codec, value)
@@ -242,7 +243,8 @@ def _make_codec(method: TaskMethod, what: str, annotation: Any) -> _ValueCodec:
         raise UnsupportedTaskMethodError(to_qualified_name(method.handler), method.attribute, reason, instead) from None
 
 
-def _resolve_hints(method: TaskMethod) -> dict[str, Any]:
+@lru_cache(maxsize=4096)
+def resolve_hints(method: TaskMethod) -> dict[str, Any]:
     """Read a method's annotations, with the handler class's own types in place of its generic bases' variables."""
     scope = {variable.__name__: variable for class_ in method.handler.__mro__ for variable in _type_parameters(class_)}
     given = _type_arguments(method.handler)

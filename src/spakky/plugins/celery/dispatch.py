@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property, partial
 from itertools import batched
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from amqp.serialization import dumps as dumps_amqp
 from celery import Celery
 from celery.exceptions import QueueNotFound
 from celery.result import AsyncResult
+from celery.utils.functional import regen
 from kombu.common import maybe_declare
 from kombu.entity import Queue
 from kombu.exceptions import EncodeError, KombuError
@@ -27,6 +29,7 @@ from spakky.core.pod.interfaces.application_context import IApplicationContext
 from spakky.core.pod.interfaces.aware.application_context_aware import IApplicationContextAware
 from spakky.core.service.interfaces.service import IService
 from spakky.tracing.propagator import ITracePropagator
+from vine import barrier
 
 from spakky.plugins.celery.after_commit import Deferred, find_open
 from spakky.plugins.celery.auth import (
@@ -36,35 +39,37 @@ from spakky.plugins.celery.auth import (
     to_auth_metadata,
 )
 from spakky.plugins.celery.batch import BatchProgress
+from spakky.plugins.celery.canvas import Leaf
 from spakky.plugins.celery.codec import codec_of
 from spakky.plugins.celery.common.celery_options import to_publish_options
 from spakky.plugins.celery.common.constants import HANDLER_POD_HEADER, SERIALIZER_HEADER
+from spakky.plugins.celery.common.previous import PREVIOUS
 from spakky.plugins.celery.common.result_waiter import REDIS_MODULE, is_of
 from spakky.plugins.celery.common.task_catalog import TaskCatalog
-from spakky.plugins.celery.common.task_method import BoundTask, TaskMethod, to_bound_task
+from spakky.plugins.celery.common.task_method import BoundTask, TaskMethod, to_bound_task, to_dispatchable
 from spakky.plugins.celery.common.task_result import CeleryTaskResult
+from spakky.plugins.celery.composing import Composing
+from spakky.plugins.celery.configured_task import ConfiguredTask
 from spakky.plugins.celery.error import (
     AbstractSpakkyCeleryError,
     AmbiguousHandlerPodError,
     AuthSnapshotPropagationSignerUnavailableError,
     TaskBatchIncompleteError,
+    TaskCompositionError,
     TaskDispatchFailedError,
     TaskDispatchTimeoutError,
     TaskMessageTooLargeError,
     TaskNotEncodableError,
-    TaskNotRegisteredError,
 )
 from spakky.plugins.celery.options import (
     CallOptions,
-    check_call_options,
-    check_time_limits,
     merge_options,
     unknown_queue,
 )
 from spakky.plugins.celery.producer_connections import ProducerConnections
 from spakky.plugins.celery.publisher import Publisher, PublishTimeoutError
 
-__all__ = ["PUBLISH_TIMEOUT_SETTING", "ConfiguredTask", "TaskDispatcher", "TaskSender"]
+__all__ = ["PUBLISH_TIMEOUT_SETTING", "TaskDispatcher", "TaskSender"]
 
 PUBLISH_TIMEOUT_SETTING: Final = "spakky_publish_timeout"
 """Celery setting, in seconds, that bounds a dispatch. ``CeleryConfig`` sets it; 10 s where nothing does."""
@@ -73,6 +78,7 @@ _DEFAULT_PUBLISH_TIMEOUT_S: Final = 10.0
 _CELERY_HEADERS_RESERVE: Final = 16 * 1024
 """Bytes of a header frame left to Celery's own headers, whose argument reprs it cuts at about 1 KiB each."""
 
+_LINEAGE: Final = ("root_id", "parent_id")
 _BATCH: Final = 50
 """Messages that are published within one publish timeout."""
 
@@ -95,6 +101,8 @@ class _Envelope:
     task_id: str
     deadline: float
     """Monotonic time after which the caller has been told that it failed, so that it must not be sent any more."""
+    before: tuple[Callable[[], None], ...] = ()
+    """What is done just before it is sent."""
 
 
 @dataclass(kw_only=True)
@@ -213,6 +221,86 @@ class TaskSender:
                 publish = partial(self._publish_batch, self._renew(batch), progress)
                 await self._publisher.call_async(publish, self._timeout_s)
 
+    def prepare_leaf(self, leaf: Leaf, links: Mapping[str, object]) -> _Envelope:
+        """Check a call and make its message, with what Celery needs to know of its place in a composition."""
+        args = (PREVIOUS, *leaf.args) if leaf.takes_previous else leaf.args
+        envelope = self._prepare(leaf.bound, args, leaf.kwargs, leaf.options)
+        return replace(envelope, options={**envelope.options, **links})
+
+    def to_signature(self, message: _Envelope) -> dict[str, Any]:
+        """Make of a message what workers send later: they know whose child it is then."""
+        options = {name: value for name, value in message.options.items() if name not in _LINEAGE}
+        moments = {name: value.isoformat() for name, value in options.items() if isinstance(value, datetime)}
+        headers = {**message.headers, "ignore_result": message.ignore_result}
+        options |= {**moments, "task_id": message.task_id, "headers": headers}
+        return cast("dict[str, Any]", self.celery.signature(message.method.name, message.args, message.kwargs, options))
+
+    def to_result(self, message: _Envelope, parent: Any) -> AsyncResult:
+        """Make Celery's result of a message, after that of the one before."""
+        result = self._make_result(message)
+        result.parent = parent
+        return result
+
+    def to_group_result(self, group_id: str, results: Sequence[AsyncResult]) -> Any:
+        """Make Celery's result of a group."""
+        # Without a barrier of ours it would subscribe to every result here, on the caller's thread.
+        return self.celery.GroupResult(group_id, list(results), ready_barrier=barrier())
+
+    def with_chord(self, message: _Envelope, group: Any, body: dict[str, Any]) -> _Envelope:
+        """Have the result back end told what to gather, just before a message is sent."""
+
+        def tell() -> None:
+            backend: Any = self.celery.backend
+            try:
+                # Lazy results: from a list Redis' back end would make a group again, and subscribe to every result.
+                backend.apply_chord((group.id, regen(iter(group.results))), body)
+                backend.set_chord_size(group.id, len(group.results))
+            except Exception as error:
+                reason = self._producers.mask(str(error) or type(error).__name__)
+                raise TaskDispatchFailedError(message.method.name, "the result back end", reason) from error
+
+        return replace(message, before=(tell, *message.before))
+
+    def check_chord(self, body: Leaf, header: Sequence[Leaf]) -> None:
+        """Raise TaskCompositionError if the results of these calls cannot be gathered."""
+        try:
+            self.celery.backend.ensure_chords_allowed()
+        except NotImplementedError:
+            reason = "no result back end gathers the results of its chord"
+            instead = "Set SPAKKY_CELERY__RESULT_BACKEND, to another one than rpc://."
+            raise TaskCompositionError(body.name, reason, instead) from None
+        for leaf in header:
+            options = merge_options(leaf.bound.method.options, leaf.options)
+            if _is_ignored(options.get("ignore_result"), self.celery):
+                reason, instead = f"{leaf.name} drops its result", "Configure that call with ignore_result=False."
+                raise TaskCompositionError(body.name, reason, instead)
+
+    def send_composed(
+        self,
+        messages: Sequence[_Envelope],
+        ends: Sequence[tuple[_Envelope, AsyncResult]],
+        options: Mapping[str, Any],
+    ) -> list[CeleryTaskResult[Any]]:
+        """Send messages in order, and give a handle for each of those that end something."""
+        for message in messages:
+            self._check_encodable(message)
+        if not self._defer(messages, options):
+            self.send_deferred(messages)
+        return [self._to_handle(result, message) for message, result in ends]
+
+    async def send_composed_async(
+        self,
+        messages: Sequence[_Envelope],
+        ends: Sequence[tuple[_Envelope, AsyncResult]],
+        options: Mapping[str, Any],
+    ) -> list[CeleryTaskResult[Any]]:
+        """Same as ``send_composed``, but the event loop goes on meanwhile."""
+        for message in messages:
+            self._check_encodable(message)
+        if not self._defer(messages, options):
+            await self.send_deferred_async(messages)
+        return [self._to_handle(result, message) for message, result in ends]
+
     def load(self) -> None:
         """Import the libraries of broker and result back end, so that the first dispatch stalls no event loop."""
         self._producers.load_transport()
@@ -236,6 +324,8 @@ class TaskSender:
         method.check_arguments(args, kwargs)
         codec = codec_of(method)
         wire_args, wire_kwargs = codec.encode_arguments(args, kwargs)
+        if wire_args and wire_args[0] is PREVIOUS:
+            wire_args = wire_args[1:]
         options = merge_options(method.options, call_options)
         headers = self._make_headers(bound)
         if call_options.get("serializer") is not None:
@@ -272,7 +362,7 @@ class TaskSender:
     def _check_encodable(self, envelope: _Envelope) -> None:
         serializer = str(envelope.options.get("serializer") or self.celery.conf.task_serializer)
         try:
-            dumps((envelope.args, envelope.kwargs), serializer=serializer)
+            dumps((envelope.args, envelope.kwargs, envelope.options.get("chain")), serializer=serializer)
         except EncodeError as error:
             raise self._to_dispatch_error(envelope, error) from error
 
@@ -372,7 +462,7 @@ class TaskSender:
 
     def _make_result(self, envelope: _Envelope) -> AsyncResult:
         result = self.celery.AsyncResult(envelope.task_id)
-        result.ignored = self._is_ignored(envelope)
+        result.ignored = _is_ignored(envelope.ignore_result, self.celery)
         return result
 
     def _publish(self, envelope: _Envelope) -> AsyncResult:
@@ -415,6 +505,8 @@ class TaskSender:
             options["confirm_timeout"] = self._timeout_s
         if envelope.reply_queue is not None:
             maybe_declare(envelope.reply_queue(producer.channel), retry=True)
+        for step in envelope.before:
+            step()
         if time.monotonic() > envelope.deadline:
             raise self._to_timeout_error(envelope)
         # Celery subscribes to the result before it publishes, so a result back end that is down fails every publish,
@@ -431,13 +523,8 @@ class TaskSender:
             add_to_parent=False,
             **options,
         )
-        result.ignored = self._is_ignored(envelope)
+        result.ignored = _is_ignored(envelope.ignore_result, self.celery)
         return result
-
-    def _is_ignored(self, envelope: _Envelope) -> bool:
-        if envelope.ignore_result is None:
-            return bool(self.celery.conf.task_ignore_result)
-        return envelope.ignore_result
 
     def _check_header_size(self, producer: Producer, envelope: _Envelope) -> None:
         """Refuse headers over the frame limit: the broker drops such a message and closes the connection."""
@@ -468,47 +555,8 @@ class TaskSender:
         return float(self.celery.conf.get(PUBLISH_TIMEOUT_SETTING) or _DEFAULT_PUBLISH_TIMEOUT_S)
 
 
-class ConfiguredTask[**P, R]:
-    """A task method with options for its calls: what ``TaskDispatcher.configure`` gives. Call it as the method itself.
-
-    It can be kept and called any number of times, by any thread.
-    """
-
-    def __init__(self, sender: TaskSender, bound: BoundTask, options: CallOptions) -> None:
-        """Check the options; ``TaskDispatcher.configure`` calls this.
-
-        Raises:
-            InvalidTaskOptionError: If an option cannot be used.
-        """
-        name = bound.method.name
-        check_call_options(name, options, sender.celery.conf.accept_content)
-        check_time_limits(name, merge_options(bound.method.options, options))
-        self._sender = sender
-        self._bound = bound
-        self._options = MappingProxyType(dict(options))
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> CeleryTaskResult[R]:
-        """Dispatch one call and block until the broker has it, as ``TaskDispatcher.dispatch`` does.
-
-        With ``after_commit`` inside of a transaction nothing is sent yet, and a result comes only if it commits.
-        """
-        return self._sender.send(self._bound, args, kwargs, self._options)
-
-    async def dispatch_async(self, *args: P.args, **kwargs: P.kwargs) -> CeleryTaskResult[R]:
-        """Same as a call, but the event loop goes on meanwhile."""
-        return await self._sender.send_async(self._bound, args, kwargs, self._options)
-
-    def dispatch_many(self, calls: Iterable[tuple[Any, ...]]) -> list[CeleryTaskResult[R]]:
-        """Dispatch several calls, as ``TaskDispatcher.dispatch_many`` does."""
-        return self._sender.send_many(self._bound, calls, self._options)
-
-    async def dispatch_many_async(self, calls: Iterable[tuple[Any, ...]]) -> list[CeleryTaskResult[R]]:
-        """Same as ``dispatch_many``, but the event loop goes on meanwhile."""
-        return await self._sender.send_many_async(self._bound, calls, self._options)
-
-
 @Pod()
-class TaskDispatcher(IApplicationContextAware, IService):
+class TaskDispatcher(Composing, IApplicationContextAware, IService):
     """Dispatches tasks, anywhere: one per application context.
 
     A ``@task`` method that is called inside a run executes inline. This Pod dispatches there too. It opens broker
@@ -551,7 +599,8 @@ class TaskDispatcher(IApplicationContextAware, IService):
             InvalidTaskOptionError: If an option is unknown, cannot be used, or contradicts another one.
             TaskNotRegisteredError: If this is no task method.
         """
-        return ConfiguredTask(self.sender, _to_task(method), options)
+        accept_content = self.sender.celery.conf.accept_content
+        return ConfiguredTask(self.sender, to_dispatchable(method), options, accept_content)
 
     @overload
     def dispatch[**P, R](
@@ -576,7 +625,7 @@ class TaskDispatcher(IApplicationContextAware, IService):
         Raises:
             AbstractTaskDispatchError: As ``TaskSender.send`` does; TaskNotRegisteredError if this is no task method.
         """
-        return self.sender.send(_to_task(method), args, kwargs)
+        return self.sender.send(to_dispatchable(method), args, kwargs)
 
     @overload
     async def dispatch_async[**P, R](
@@ -604,7 +653,7 @@ class TaskDispatcher(IApplicationContextAware, IService):
         **kwargs: object,
     ) -> CeleryTaskResult[Any]:
         """Same as ``dispatch``, but the event loop goes on meanwhile."""
-        return await self.sender.send_async(_to_task(method), args, kwargs)
+        return await self.sender.send_async(to_dispatchable(method), args, kwargs)
 
     @overload
     def dispatch_many[*Ts, R](
@@ -643,7 +692,7 @@ class TaskDispatcher(IApplicationContextAware, IService):
             TaskBatchIncompleteError: If the broker did not take them all; it says how many it took.
             AbstractTaskDispatchError: If one call is wrong, which a note on the error names. Nothing was sent.
         """
-        return self.sender.send_many(_to_task(method), calls)
+        return self.sender.send_many(to_dispatchable(method), calls)
 
     @overload
     async def dispatch_many_async[*Ts, R](
@@ -668,7 +717,7 @@ class TaskDispatcher(IApplicationContextAware, IService):
         /,
     ) -> list[CeleryTaskResult[Any]]:
         """Same as ``dispatch_many``, but the event loop goes on meanwhile."""
-        return await self.sender.send_many_async(_to_task(method), calls)
+        return await self.sender.send_many_async(to_dispatchable(method), calls)
 
     @override
     def set_stop_event(self, stop_event: threading.Event) -> None:
@@ -685,6 +734,10 @@ class TaskDispatcher(IApplicationContextAware, IService):
         if "sender" in vars(self):
             self.sender.close()
         _close_result_connections(cast("IApplicationContext", self._application_context).get(Celery).backend)
+
+    @override
+    def _find_sender(self) -> TaskSender:
+        return self.sender
 
     @cached_property
     def sender(self) -> TaskSender:
@@ -706,11 +759,8 @@ class TaskDispatcher(IApplicationContextAware, IService):
         )
 
 
-def _to_task(method: Callable[..., object]) -> BoundTask:
-    bound = to_bound_task(method)
-    if bound is None or not bound.method.is_task:
-        raise TaskNotRegisteredError(getattr(method, "__qualname__", repr(method)))
-    return bound
+def _is_ignored(option: bool | None, celery: Celery) -> bool:
+    return bool(celery.conf.task_ignore_result) if option is None else option
 
 
 def _close_result_connections(backend: Any) -> None:

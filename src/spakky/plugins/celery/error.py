@@ -15,6 +15,7 @@ The tree::
     +-- AbstractTaskDispatchError           no result to wait for
     |   +-- TaskNotRegisteredError          a name that no worker would know
     |   +-- TaskArgumentsError              arguments that do not fit the method
+    |   +-- TaskCompositionError            calls that cannot be joined
     |   +-- TaskNotEncodableError           arguments that the serializer refuses
     |   +-- TaskMessageTooLargeError        headers that exceed one AMQP frame
     |   +-- TaskBatchIncompleteError        a batch of which not all was sent
@@ -57,6 +58,7 @@ __all__ = [
     "TaskBatchIncompleteError",
     "TaskBodyCancelledError",
     "TaskCallerUnauthenticatedError",
+    "TaskCompositionError",
     "TaskDispatchFailedError",
     "TaskDispatchTimeoutError",
     "TaskMessageTooLargeError",
@@ -377,6 +379,26 @@ class TaskArgumentsError(AbstractTaskDispatchError, TypeError):
     reason: str
     signature: str
     problems: tuple[str, ...]
+
+
+class TaskCompositionError(AbstractTaskDispatchError, TypeError):
+    """Raised where a chain or a chord is put together whose parts cannot be joined.
+
+    Args:
+        task: Name of the task that cannot be joined to what is before it.
+        reason: Why it cannot.
+        instead: What to do instead.
+    """
+
+    message = "Calls cannot be joined"
+    problem = "Task {task!r} cannot be joined to what is before it: {reason}."
+    remedy = "{instead}"
+
+    def __init__(self, task: str = "", reason: str = "", instead: str = "") -> None:
+        self._keep(task=task, reason=reason, instead=instead)
+
+    reason: str
+    instead: str
 
 
 class TaskNotEncodableError(AbstractTaskDispatchError):

@@ -25,7 +25,7 @@ from spakky.core.common.constants import ANNOTATION_METADATA, DYNAMIC_PROXY_CLAS
 from spakky.task.stereotype.schedule import ScheduleRoute
 from spakky.task.stereotype.task_handler import TaskRoute
 
-from spakky.plugins.celery.error import TaskArgumentsError, UnsupportedTaskMethodError
+from spakky.plugins.celery.error import TaskArgumentsError, TaskNotRegisteredError, UnsupportedTaskMethodError
 from spakky.plugins.celery.options import TaskOptions, own_options, resolve_options
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "find_task_method",
     "find_task_methods",
     "to_bound_task",
+    "to_dispatchable",
     "to_own_class",
     "to_qualified_name",
 ]
@@ -216,6 +217,18 @@ def to_bound_task(callable_: object) -> BoundTask | None:
         return None if wrapped is None else to_bound_task(wrapped)
     method = find_task_method(to_own_class(type(instance)), function)
     return None if method is None else BoundTask(method, instance)
+
+
+def to_dispatchable(callable_: object) -> BoundTask:
+    """Same as ``to_bound_task``, for what callers dispatch.
+
+    Raises:
+        TaskNotRegisteredError: If it is no task, or one that only beat runs.
+    """
+    bound = to_bound_task(callable_)
+    if bound is None or not bound.method.is_task:
+        raise TaskNotRegisteredError(getattr(callable_, "__qualname__", repr(callable_)))
+    return bound
 
 
 def to_own_class(class_: type) -> type:
