@@ -50,6 +50,9 @@ VALUES = {
     "common.green_threads",
     "common.late_binding",
     "common.previous",
+    "common.progress",
+    "common.progress_reporter",
+    "common.remote_errors",
     "common.result_waiter",
     "common.run_key",
     "common.run_state",
@@ -61,6 +64,7 @@ VALUES = {
     "common.wire_schema",
     "error",
     "options",
+    "run",
     "schedule",
 }
 BOTH_ENDS = {"auth"}

@@ -110,6 +110,17 @@ FACTS: dict[str, dict[str, Any]] = {
         "problems": ("$ should be a valid string, not None (NoneType)",),
     },
     "TaskResultTimeoutError": {"task_id": "9d9f8a8e-0c9e-4f7e-8f9b-0a3a5a3b1c11", "seconds": 2.5},
+    "TaskResultUnavailableError": {
+        "task_id": "9d9f8a8e-0c9e-4f7e-8f9b-0a3a5a3b1c11",
+        "reason": "no result back end is configured",
+    },
+    "TaskResultWaitInRunError": {"task_id": "9d9f8a8e-0c9e-4f7e-8f9b-0a3a5a3b1c11"},
+    "UntrustedResultError": {
+        "task_id": "9d9f8a8e-0c9e-4f7e-8f9b-0a3a5a3b1c11",
+        "reason": "Expected an exception class, got os.system with payload ls",
+    },
+    "RemoteTaskError": {"type_name": "shop.payments.DeclinedError", "text": "card 4 of 4"},
+    "NoCurrentRunError": {},
     "UnsupportedWorkerOptionError": {
         "option": "worker_max_tasks_per_child",
         "value": "100",
@@ -134,6 +145,9 @@ HOST_BASES: dict[str, tuple[type[BaseException], ...]] = {
     "TaskDispatchTimeoutError": (errors.AbstractTaskDispatchError, TimeoutError),
     "TaskResultMismatchError": (TypeError,),
     "TaskResultTimeoutError": (TimeoutError,),
+    "TaskResultUnavailableError": (NotImplementedError,),
+    "TaskResultWaitInRunError": (RuntimeError,),
+    "NoCurrentRunError": (RuntimeError,),
     "TaskCallerUnauthenticatedError": (AuthContextNotFoundError,),
     "TaskAuthorizationDeniedError": (AuthRequirementDeniedError, AuthorizationError),
 }

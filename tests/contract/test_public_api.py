@@ -152,7 +152,8 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "WORKER_THREADS_SETTING",
     ],
     "common.customizer": ["CeleryCustomizer"],
-    "common.task_result": ["CeleryTaskResult"],
+    "common.progress": ["PROGRESS_STATE", "Progress", "to_last_progress_id"],
+    "common.task_result": ["CeleryTaskResult", "TaskState"],
     "worker.pool": ["AsyncioPool"],
     "configured_task": ["ConfiguredTask"],
     "dispatch": ["PUBLISH_TIMEOUT_SETTING", "TaskDispatcher", "TaskSender"],
@@ -168,6 +169,8 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "InvalidScheduleRouteError",
         "InvalidTaskOptionError",
         "InvalidTimezoneError",
+        "NoCurrentRunError",
+        "RemoteTaskError",
         "TaskArgumentsError",
         "TaskAuthorizationDeniedError",
         "TaskBatchIncompleteError",
@@ -181,8 +184,11 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "TaskNotRegisteredError",
         "TaskResultMismatchError",
         "TaskResultTimeoutError",
+        "TaskResultUnavailableError",
+        "TaskResultWaitInRunError",
         "UnsupportedTaskMethodError",
         "UnsupportedWorkerOptionError",
+        "UntrustedResultError",
     ],
     "options": [
         "CallOptions",
@@ -201,6 +207,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "unknown_queue",
     ],
     "post_processor": ["CeleryPostProcessor"],
+    "run": ["CURRENT_RUN", "Run", "current_run"],
 }
 """``__all__`` of every public module: a name that appears or goes is a change of the API, to be made on purpose."""
 

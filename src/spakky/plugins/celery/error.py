@@ -26,6 +26,11 @@ The tree::
     +-- TaskAuthorizationDeniedError        also a spakky-auth AuthRequirementDeniedError
     +-- TaskResultMismatchError             a return value that is not what its annotation says
     +-- TaskResultTimeoutError              a result that did not come in time
+    +-- TaskResultUnavailableError          a result that nobody stores
+    +-- TaskResultWaitInRunError            get() inside a run
+    +-- UntrustedResultError                a stored result that is refused
+    +-- RemoteTaskError                     stands for a worker's exception that could not travel
+    +-- NoCurrentRunError                   current_run() outside a run
     +-- TaskBodyCancelledError              a CancelledError that nobody asked for
     +-- UnsupportedWorkerOptionError        what a pool cannot keep
 
@@ -53,6 +58,8 @@ __all__ = [
     "InvalidScheduleRouteError",
     "InvalidTaskOptionError",
     "InvalidTimezoneError",
+    "NoCurrentRunError",
+    "RemoteTaskError",
     "TaskArgumentsError",
     "TaskAuthorizationDeniedError",
     "TaskBatchIncompleteError",
@@ -66,8 +73,11 @@ __all__ = [
     "TaskNotRegisteredError",
     "TaskResultMismatchError",
     "TaskResultTimeoutError",
+    "TaskResultUnavailableError",
+    "TaskResultWaitInRunError",
     "UnsupportedTaskMethodError",
     "UnsupportedWorkerOptionError",
+    "UntrustedResultError",
 ]
 
 _UNKNOWN = "(unknown)"
@@ -657,6 +667,93 @@ class TaskResultTimeoutError(AbstractSpakkyCeleryError, TimeoutError):
 
     task_id: str
     seconds: float
+
+
+class TaskResultUnavailableError(AbstractSpakkyCeleryError, NotImplementedError):
+    """Raised by a result handle that is asked for what nobody stores.
+
+    Args:
+        task_id: Id of the task.
+        reason: Why nothing is stored.
+    """
+
+    message = "No result is stored"
+    problem = "The result of task {task_id} is not stored: {reason}."
+    remedy = "Set SPAKKY_CELERY__RESULT_BACKEND, and leave ignore_result out; or do not ask for the result."
+
+    def __init__(self, task_id: str = "", reason: str = "") -> None:
+        self._keep(task_id=task_id, reason=reason)
+
+    task_id: str
+    reason: str
+
+
+class TaskResultWaitInRunError(AbstractSpakkyCeleryError, RuntimeError):
+    """Raised by ``get`` inside a run: runs that wait for each other's places in a worker never end.
+
+    Args:
+        task_id: Id of the task that was waited for.
+    """
+
+    message = "get() inside a run"
+    problem = "get() was called inside a run, and would hold its place in the worker until task {task_id} has ended."
+    remedy = "Await get_async() in an async def task, or return, and let another task go on with the result."
+
+    def __init__(self, task_id: str = "") -> None:
+        self._keep(task_id=task_id)
+
+    task_id: str
+
+
+class UntrustedResultError(AbstractSpakkyCeleryError):
+    """Raised by a result handle when the stored failure names something that is no exception class.
+
+    Args:
+        task_id: Id of the task.
+        reason: What is stored.
+    """
+
+    message = "Stored result is refused"
+    problem = "The stored failure of task {task_id} is refused: {reason}."
+    remedy = "See who can write to the result back end: workers of Celery store the names of exception classes alone."
+
+    def __init__(self, task_id: str = "", reason: str = "") -> None:
+        self._keep(task_id=task_id, reason=reason)
+
+    task_id: str
+    reason: str
+
+
+class RemoteTaskError(AbstractSpakkyCeleryError):
+    """Raised by ``get`` in place of a worker's exception that cannot be rebuilt here.
+
+    Args:
+        type_name: Full name of its class; without the module where that is not known.
+        text: What it said.
+    """
+
+    message = "Task failed"
+    problem = "The task failed with {type_name}: {text}."
+    remedy = "To catch that class itself, import it here, and let its constructor take its own args by position."
+
+    def __init__(self, type_name: str = "", text: str = "") -> None:
+        self._keep(type_name=type_name, text=text)
+
+    type_name: str
+    text: str
+    remote_traceback: str = ""
+    """The worker's traceback. Every exception that ``get`` raises for a task has it."""
+
+
+class NoCurrentRunError(AbstractSpakkyCeleryError, RuntimeError):
+    """Raised by ``current_run`` in code that is not part of a run of a handler's task."""
+
+    message = "Not inside a run"
+    problem = "current_run() was called outside a run, or after its end."
+    remedy = "Call it in the body of a @task method, or in what the body calls, in threads with a copy of its context."
+
+    def __init__(self) -> None:
+        self._keep()
 
 
 class UnsupportedWorkerOptionError(AbstractSpakkyCeleryError):

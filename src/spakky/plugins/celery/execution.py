@@ -29,12 +29,14 @@ from spakky.plugins.celery.common.constants import (
     HANDLER_POD_HEADER,
     SERIALIZER_HEADER,
 )
+from spakky.plugins.celery.common.remote_errors import to_travelling_error
 from spakky.plugins.celery.common.run_key import key_by_run
 from spakky.plugins.celery.common.task_body import run_awaitable
 from spakky.plugins.celery.common.task_catalog import TaskCatalog
 from spakky.plugins.celery.common.task_loop import TaskLoop
 from spakky.plugins.celery.common.task_method import TaskMethod
 from spakky.plugins.celery.error import AmbiguousHandlerPodError, TaskAuthorizationDeniedError
+from spakky.plugins.celery.run import CURRENT_RUN, Run
 
 __all__ = ["TaskExecution", "release_traceback"]
 
@@ -76,7 +78,23 @@ class TaskExecution:
                 calls.
             TaskArgumentsError: If the arguments do not fit the method.
             TaskResultMismatchError: If what the body returned is not what its annotation says.
+            RemoteTaskError: If the body raised what cannot be rebuilt from a result back end.
         """
+        try:
+            return self._run_or_retry(task, method, args, kwargs)
+        except Exception as error:
+            travelling = to_travelling_error(error, task.backend)
+            if travelling is error:
+                raise
+            raise travelling from error
+
+    def _run_or_retry(
+        self,
+        task: Task,
+        method: TaskMethod,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> object:
         try:
             return self._run_once(task, method, args, kwargs)
         except Exception as error:
@@ -110,6 +128,7 @@ class TaskExecution:
         """Prepare the context. A provider that fails here is asked again later: the body has not begun."""
         self._application_context.clear_context()
         self._application_context.set_context_value(CELERY_TASK_CONTEXT_KEY, True)  # noqa: FBT003  # the host's signature
+        CURRENT_RUN.set(Run.of_task(task, method.name))
         headers = task.request.headers or {}
         self._enter_trace(headers)
         try:
@@ -139,6 +158,9 @@ class TaskExecution:
         """Leave nothing behind, neither here nor in contexts that the body copied and that outlive it."""
         self._application_context.set_context_value(CELERY_TASK_CONTEXT_KEY, False)  # noqa: FBT003  # the host's signature
         self._application_context.clear_context()
+        run = CURRENT_RUN.get()
+        if run is not None:
+            run.end()
 
     def _enter_trace(self, headers: dict[str, object]) -> None:
         """Continue the caller's trace; what cannot be continued starts a new one."""

@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import batched
@@ -14,7 +14,7 @@ from typing import Any, Final
 from celery.backends.rpc import RPCBackend
 from celery.result import AsyncResult
 
-__all__ = ["REDIS_MODULE", "is_of", "wait_until_ready"]
+__all__ = ["REDIS_MODULE", "is_of", "pause_s", "wait_for"]
 
 REDIS_MODULE: Final = "celery.backends.redis"
 
@@ -31,6 +31,7 @@ _DATABASE_MODULE: Final = "celery.backends.database"
 @dataclass(eq=False)
 class _Waiter:
     result: AsyncResult
+    has_come: Callable[[AsyncResult], bool]
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[None]
     since: float = field(default_factory=time.monotonic)
@@ -69,7 +70,7 @@ class _Poller:
     def _ask(self, backend: Any, waiters: list[_Waiter]) -> None:
         for waiter in _candidates(backend, waiters):
             try:
-                if not waiter.result.ready():
+                if not waiter.has_come(waiter.result):
                     continue
             except Exception as error:  # noqa: BLE001  # whoever waits gets it
                 self._settle(waiter, error)
@@ -87,24 +88,36 @@ class _Poller:
         """Pause according to the waiter that came last; one that comes meanwhile ends the pause."""
         with self._has_waiters:
             youngest = max((waiter.since for waiter in self._waiters), default=time.monotonic())
-            age = time.monotonic() - youngest
-            self._has_waiters.wait(min(max(age * _AGE_SHARE, _SHORTEST_WAIT_S), _LONGEST_WAIT_S))
+            self._has_waiters.wait(pause_s(youngest))
 
 
-async def wait_until_ready(result: AsyncResult) -> None:
+async def wait_for(result: AsyncResult, has_come: Callable[[AsyncResult], bool] = AsyncResult.ready) -> None:
     """Wait until a result is there, without blocking the loop or holding a thread of one's own.
+
+    Args:
+        result: Where nothing is stored of it yet, it is not asked.
+        has_come: Asks it, in the thread that does so for all, whether it has what is waited for.
 
     Raises:
         Exception: What the result back end raised.
     """
     loop = asyncio.get_running_loop()
-    waiter = _Waiter(result, loop, loop.create_future())
+    waiter = _Waiter(result, has_come, loop, loop.create_future())
     poller = _poller
     poller.add(waiter)
     try:
         await waiter.future
     finally:
         poller.remove(waiter)
+
+
+def pause_s(since: float) -> float:
+    """Seconds to the next time that a result is asked for.
+
+    Args:
+        since: Monotonic time at which the wait for it began.
+    """
+    return min(max((time.monotonic() - since) * _AGE_SHARE, _SHORTEST_WAIT_S), _LONGEST_WAIT_S)
 
 
 def _settle_future(future: asyncio.Future[None], error: Exception | None) -> None:

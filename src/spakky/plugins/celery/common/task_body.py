@@ -12,6 +12,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 
 from spakky.plugins.celery.common.run_key import RUN_KEY, current_key
 from spakky.plugins.celery.error import TaskBodyCancelledError
+from spakky.plugins.celery.run import CURRENT_RUN
 
 __all__ = ["CURRENT_BODY", "SUSPEND", "TaskBody", "install_task_factory", "run_awaitable"]
 
@@ -74,6 +75,9 @@ class TaskBody:
         """
         if self._asyncio_task is None or self._has_ended:
             return
+        run = self.context.get(CURRENT_RUN)
+        if run is not None and isinstance(error, asyncio.CancelledError):
+            run.mute()
         self._interruption = error
         self._asyncio_task.cancel()
 
