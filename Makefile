@@ -32,14 +32,14 @@ test: .venv/.ready  ## All tests; those that need a server skip where there is n
 conformance: .venv/.ready  ## The AsyncioPool against Celery's own semantics, outages and shutdowns, on real servers
 	$(BIN)/pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m long
 
-bench: .venv/.ready  ## This package beside raw Celery, the published package, taskiq, arq and dramatiq: 20 minutes
-	$(BIN)/python benchmarks/bench.py --plot docs/performance.png
+bench: .venv/.ready  ## This package beside raw Celery, the published package, taskiq, arq and dramatiq: 40 minutes
+	$(BIN)/python benchmarks/bench.py --plot docs/performance.png --document docs/performance.md
 
 soak: .venv/.ready  ## Ten minutes of load on one worker, every task accounted for
 	$(BIN)/python scripts/soak.py
 
 chaos: .venv/.ready  ## Kills and broker outages, more of them than the tests have
-	SPAKKY_TEST_OUTAGES=20 $(BIN)/pytest -q --timeout 1200 tests/acceptance/test_outages.py tests/acceptance/test_delivery.py
+	SPAKKY_TEST_OUTAGES=20 $(BIN)/pytest -q --timeout 1200 tests/acceptance/test_outages.py tests/acceptance/test_restarts.py tests/acceptance/test_delivery.py
 
 fuzz: .venv/.ready  ## Twenty thousand values of random types through the codec and the real serializers
 	SPAKKY_TEST_EXAMPLES=20000 $(BIN)/pytest -q --timeout 1800 tests/unit/test_codec.py -k any_value

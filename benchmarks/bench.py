@@ -1,6 +1,6 @@
 """Compares one worker process of this package with its peers, side by side, in one run.
 
-    make bench                                     all of it, 20 minutes
+    make bench                                     all of it, 40 minutes, into docs/performance.md
     .venv/bin/python benchmarks/bench.py --peers spakky arq --brokers redis --rounds 1 --tasks 200
 
 Every round runs each peer once after the other; figures are medians over the rounds. A peer's worker is started, told
@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from kombu import Connection
@@ -36,6 +37,8 @@ IN_FLIGHT = 1000
 PACED_PER_S = 100
 PACED = 300
 TIMEOUT_S = 120
+BEGIN, END = "<!-- make bench: begin -->", "<!-- make bench: end -->"
+TITLES = {"redis": "Redis", "amqp": "RabbitMQ"}
 
 CELERY_WORKER = ["worker", "--loglevel", "WARNING", "--without-mingle", "--without-gossip"]
 
@@ -136,8 +139,9 @@ class Figures:
 
 
 COLUMNS = {
-    "empty_per_s": "empty, tasks/s",
     "sleep_per_s": "50 ms, tasks/s",
+    "sleep_cpu_us": "CPU, µs/task",
+    "empty_per_s": "empty, tasks/s",
     "empty_cpu_us": "CPU, µs/task",
     "p50_ms": "p50, ms",
     "p99_ms": "p99, ms",
@@ -313,13 +317,38 @@ def plot(results: Path, target: Path) -> None:
     subprocess.run([str(drawing.bin / "python"), str(HERE / "plot.py"), str(results), str(target)], check=True)
 
 
+def to_markdown(found: dict[str, Any]) -> str:
+    """Make a table for each broker, with what was measured and where."""
+    parts = [f"{found['machine']}; {found['size']}."]
+    for broker in dict.fromkeys(row["broker"] for row in found["rows"]):
+        lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" + "|---:" * len(COLUMNS) + "|"]
+        for row in found["rows"]:
+            if row["broker"] == broker:
+                cells = (f"{row[name]:,.1f}" if name.startswith("p") else f"{row[name]:,.0f}" for name in COLUMNS)
+                lines.append(f"| {row['peer']} | {' | '.join(cells)} |")
+        parts.append(f"### {TITLES[broker]}\n\n" + "\n".join(lines))
+    parts.append(f"Versions: {', '.join(found['versions'])}.")
+    return "\n\n".join(parts)
+
+
+def write_into(document: Path, block: str) -> None:
+    """Replace what lies between the two marks of a document."""
+    before, begin, rest = document.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        message = f"{document} has no {BEGIN} ... {END}"
+        raise ValueError(message)
+    document.write_text(f"{before}{begin}\n\n{block}\n\n{end}{after}", encoding="utf-8")
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tasks", type=int, default=3000)
+    parser.add_argument("--tasks", type=int, default=5000)
     parser.add_argument("--peers", nargs="+", default=[peer.name for peer in PEERS])
     parser.add_argument("--brokers", nargs="+", default=list(URLS), choices=list(URLS))
     parser.add_argument("--plot", type=Path, help="PNG to draw")
+    parser.add_argument("--document", type=Path, help="Markdown file that has the marks for the tables")
     parser.add_argument("--output", type=Path, default=HERE.parent / "dist" / "benchmarks.json")
     return parser.parse_args()
 
@@ -341,18 +370,21 @@ def main() -> None:
         | {column: statistics.median(asdict(figures)[column] for figures in many) for column in asdict(Figures())}
         for (broker, name), many in found.items()
     ]
-    size = f"{options.rounds} rounds of {options.tasks} tasks"
-    machine = f"{os.cpu_count()} cores, Python {platform.python_version()}, {size}"
+    results = {
+        "machine": f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}",
+        "size": f"medians of {options.rounds} rounds, {options.tasks} tasks of each kind",
+        "versions": sorted({requirement for peer in peers for requirement in peer.requirements}),
+        "rows": rows,
+    }
     options.output.parent.mkdir(exist_ok=True)
-    options.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    block = to_markdown(results)
     if options.plot:
         plot(options.output, options.plot)
-    for broker in options.brokers:
-        print(f"\n{broker} ({machine})\n\n| | " + " | ".join(COLUMNS.values()) + " |\n|---|" + "---|" * len(COLUMNS))
-        for row in rows:
-            if row["broker"] == broker:
-                cells = " | ".join(f"{row[c]:,.1f}" if c.startswith("p") else f"{row[c]:,.0f}" for c in COLUMNS)
-                print(f"| {row['peer']} | {cells} |")
+        block = f"![Tasks per second, by broker and peer]({options.plot.name})\n\n{block}"
+    if options.document:
+        write_into(options.document, block)
+    print(block)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,6 @@ for row, broker in enumerate(brokers):
         axis.set_title(f"{broker}: {title}, one worker")
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.15)
-figure.text(0.01, 0.005, found["machine"], fontsize=8)
+figure.text(0.01, 0.005, f"{found['machine']}; {found['size']}", fontsize=8)
 figure.tight_layout(rect=(0, 0.02, 1, 1))
 figure.savefig(sys.argv[2], dpi=110)

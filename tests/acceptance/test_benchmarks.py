@@ -12,17 +12,38 @@ from support.brokers import REDIS_URL, require_server
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 BENCH = Path(__file__).parents[2] / "benchmarks" / "bench.py"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "performance.md"
 
 
 def test_one_round_of_one_peer(tmp_path: Path) -> None:
-    """Every figure is there."""
+    """Every figure is there, and in the document, whose other text is kept."""
     require_server(REDIS_URL, "SPAKKY_TEST_REDIS_URL", 6379)
     output = tmp_path / "results.json"
-    options = ["--rounds", "1", "--tasks", "50", "--peers", "spakky", "--brokers", "redis", "--output", str(output)]
+    document = tmp_path / "performance.md"
+    text = DOCUMENT.read_text(encoding="utf-8")
+    document.write_text(text, encoding="utf-8")
+    options = [
+        "--document",
+        str(document),
+        "--rounds",
+        "1",
+        "--tasks",
+        "50",
+        "--peers",
+        "spakky",
+        "--brokers",
+        "redis",
+        "--output",
+        str(output),
+    ]
     command = [sys.executable, str(BENCH), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(output.read_text())["rows"]
     figures = {name: value for name, value in row.items() if name not in {"broker", "peer"}}
     assert all(value > 0 for value in figures.values()), figures
-    assert "| spakky |" in done.stdout
+    written = document.read_text(encoding="utf-8")
+    assert f"| spakky | {row['sleep_per_s']:,.0f} |" in written
+    begin, end = (text.index(mark) for mark in ("<!-- make bench: begin -->", "<!-- make bench: end -->"))
+    assert written.startswith(text[:begin])
+    assert written.endswith(text[end:])

@@ -254,6 +254,19 @@ def test_a_closed_channel_gives_its_messages_back(scene: Scene) -> None:
     assert scene.count("q") == 4
 
 
+def test_a_channel_that_has_lost_its_address_can_be_closed(scene: Scene) -> None:
+    """Celery closes a lost connection twice, and a channel that the first attempt left open cannot connect any more."""
+    scene.put(*numbers(3))
+    connection = scene.connect()
+    reader = Reader(connection)
+    reader.read(3)
+    connection.transport.client = None
+    channel: Any = reader.consumer.channel
+    channel._disconnect_pools()
+    channel.close()
+    assert scene.count("unacked") == 3
+
+
 def turn(hub: Hub, until: Callable[[], bool]) -> None:
     """Let a hub turn as a worker's does, until something holds."""
     hub.call_repeatedly(0.05, lambda: None)

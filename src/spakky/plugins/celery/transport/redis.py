@@ -111,6 +111,9 @@ class QoS(stock.QoS):
 
     @override
     def restore_unacked_once(self, stderr: Any = None) -> None:
+        if not self.channel.is_attached:
+            self._on_collect.cancel()
+            return  # with a new connection the rest comes back when its visibility timeout is over
         try:
             self.flush()
         except self.channel.connection_errors:
@@ -146,6 +149,11 @@ class Channel(stock.Channel):
         parameters = self.pool.connection_kwargs
         place = (parameters.get(name) for name in ("host", "port", "path", "db"))
         return (*place, self.global_keyprefix, self.unacked_key)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether it can still connect: Celery closes what it has lost twice, the second time without its address."""
+        return self.connection is not None and self.connection.client is not None
 
     @property
     def flushes(self) -> bool:
