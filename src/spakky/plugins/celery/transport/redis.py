@@ -89,11 +89,20 @@ class QoS(stock.QoS):
 
     @override
     def ack(self, delivery_tag: str) -> None:
-        if not self.channel.flushes:
+        if self.channel.is_attached and not self.channel.flushes:
             super().ack(delivery_tag)
             return
         self._acked.append(delivery_tag)
         virtual.QoS.ack(self, delivery_tag)
+
+    @override
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        if self.channel.is_attached:
+            super().reject(delivery_tag, requeue=requeue)
+        elif requeue:
+            virtual.QoS.ack(self, delivery_tag)  # it comes back when its visibility timeout is over
+        else:
+            self.ack(delivery_tag)
 
     def flush(self) -> None:
         """Remove from Redis what was acknowledged.
