@@ -163,6 +163,15 @@ def test_async_runs_share_a_loop(worker: Bench) -> None:
     assert len(loops) == 1
 
 
+def test_a_soft_limit_reaches_the_await(worker: Bench) -> None:
+    """In the pools that can interrupt, also where the body's loop is not in the thread that Celery's signal reaches."""
+    if "asyncio" not in str(worker.folder) and "prefork" not in str(worker.folder):
+        pytest.skip("Celery's threads pool has no time limits")
+    celery = celery_of(worker.client)
+    result = celery.send_task("support.behaviour.Leftovers.catch_soft_limit", soft_time_limit=1)
+    assert result.get(timeout=20) == "caught"
+
+
 @pytest.mark.parametrize("fail", [False, True])
 def test_context_scoped_pods_live_as_long_as_one_run(worker: Bench, fail: bool) -> None:
     """A context-scoped Pod is created for a run and released when it ends, also when it fails."""

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,14 @@ def test_pool_and_concurrency(options: list[str], variables: dict[str, str], sho
     environment = {**filesystem_broker(tmp_path).environment, **variables}
     with running(command, environment, tmp_path / "worker.log", cwd=tmp_path) as worker:
         assert shown in worker.output
+
+
+def test_celerys_command_has_our_pool_too(tmp_path: Path) -> None:
+    """Nothing but the worker_pool setting chooses it."""
+    command = [CELERY, "-A", "support.started:celery", "worker", "--loglevel", "INFO"]
+    environment = filesystem_broker(tmp_path).environment
+    with running(command, environment, tmp_path / "worker.log", cwd=tmp_path) as worker:
+        assert "concurrency: 100 (pool)" in worker.output
 
 
 def test_celerys_command_refuses_green_threads_for_async_tasks(tmp_path: Path) -> None:
@@ -231,8 +240,11 @@ def test_a_script_is_its_own_module(tmp_path: Path) -> None:
     assert done.stdout == "sold tea\n", done.stderr
 
 
-@pytest.mark.parametrize(("kind", "count"), [("filesystem", 5), ("redis", 100), ("amqp", 100)])
-def test_dispatch_from_a_forked_client(kind: str, count: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "backend", "count"),
+    [("filesystem", None, 5), ("redis", None, 100), ("amqp", None, 100), ("amqp", "rpc://", 100)],
+)
+def test_dispatch_from_a_forked_client(kind: str, backend: str | None, count: int, tmp_path: Path) -> None:
     """A client that forks after it dispatched (a preloading web server) dispatches in all its children too."""
     program = (
         "import asyncio, json, os, sys\n"
@@ -256,6 +268,8 @@ def test_dispatch_from_a_forked_client(kind: str, count: int, tmp_path: Path) ->
         "app.stop()\n"
     )
     broker = make_broker(kind, tmp_path)
+    if backend is not None:
+        broker = replace(broker, result_backend=backend)
     command = worker_command("support.probe:create_app", "threads", concurrency=4)
     try:
         with running(command, broker.environment, tmp_path / "worker.log", cwd=tmp_path):

@@ -9,6 +9,7 @@ from typing import Any, override
 
 import spakky.data
 from celery import Celery
+from celery.exceptions import SoftTimeLimitExceeded
 from spakky.core.application.application import SpakkyApplication
 from spakky.core.pod.annotations.pod import Pod
 from spakky.core.pod.interfaces.application_context import IApplicationContext
@@ -130,6 +131,15 @@ class Leftovers(IApplicationContextAware):
 
         self._left = asyncio.create_task(wait_for_ever())
         await asyncio.sleep(0)
+
+    @task
+    async def catch_soft_limit(self) -> str:
+        try:
+            await asyncio.sleep(3600)
+        except SoftTimeLimitExceeded:
+            await asyncio.sleep(0)
+            return "caught"
+        return "never"
 
     @task
     async def loop_identity(self) -> int:
