@@ -47,6 +47,7 @@ VALUES = {
     "common.config",
     "common.constants",
     "common.customizer",
+    "common.forked_client",
     "common.green_threads",
     "common.late_binding",
     "common.previous",

@@ -313,7 +313,7 @@ def test_acknowledgements_outlive_the_connection(scene: Scene) -> None:
 
 
 def test_a_channel_that_has_lost_its_address(scene: Scene) -> None:
-    """It can be closed, as Celery does twice with a lost connection; what ends later is acknowledged by the next one."""
+    """It can be closed, as Celery does twice with a lost connection; the next one acknowledges what ends later."""
     scene.put(*numbers(5))
     connection = scene.connect()
     _, reader = hub_reader(connection)

@@ -43,6 +43,7 @@ from spakky.plugins.celery.canvas import Leaf
 from spakky.plugins.celery.codec import codec_of
 from spakky.plugins.celery.common.celery_options import to_publish_options
 from spakky.plugins.celery.common.constants import HANDLER_POD_HEADER, SERIALIZER_HEADER
+from spakky.plugins.celery.common.forked_client import renew_after_fork
 from spakky.plugins.celery.common.previous import PREVIOUS
 from spakky.plugins.celery.common.result_waiter import REDIS_MODULE, is_of
 from spakky.plugins.celery.common.task_catalog import TaskCatalog
@@ -119,6 +120,7 @@ class TaskSender:
 
     def __post_init__(self) -> None:
         """Make what threads share before there are threads."""
+        renew_after_fork(self.celery)
         self._producers = ProducerConnections(self.celery, self._timeout_s)
         self._publisher = Publisher(self._producers.limit if self.catalog is not None else 1)
 
