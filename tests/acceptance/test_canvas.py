@@ -158,10 +158,14 @@ def test_members_have_their_own_options(worker: Bench, tasks: TaskDispatcher, nu
     assert get(tasks.call(tasks.configure(numbers.parse, countdown=0.1), "2").dispatch()) == 2
 
 
-def test_a_retry_keeps_its_place(tasks: TaskDispatcher, numbers: Numbers) -> None:
-    """A link that is retried goes on with the chain, and counts once for its chord."""
+def test_a_retry_keeps_its_place(worker: Bench, tasks: TaskDispatcher, numbers: Numbers, trace: str) -> None:
+    """A link that is retried is the caller's still, goes on with the chain, and counts once for its chord."""
     chain = tasks.chain(tasks.call(numbers.parse, "1"), tasks.step(numbers.flaky), tasks.step(numbers.double))
     assert get(chain.dispatch()) == 4
+    runs = runs_of(worker, trace)
+    assert {run["subject"] for run in runs.values()} == {ADMIN.subject.id}
+    assert runs["flaky 0"]["id"] == runs["flaky 1"]["id"]
+    assert runs["flaky 0"]["parent"] == runs["flaky 1"]["parent"] == runs["parse 1"]["id"]
     assert get(tasks.chord([chain, chain], tasks.step(numbers.total)).dispatch()) == 8
 
 

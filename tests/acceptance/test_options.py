@@ -11,6 +11,7 @@ from uuid import uuid4
 import pytest
 from billiard.exceptions import TimeLimitExceeded
 from kombu import Connection
+from pydantic import SecretStr
 
 from spakky.plugins.celery.dispatch import TaskDispatcher
 from support.fixtures import Bench, bench, celery_of
@@ -252,6 +253,27 @@ def test_retry_retry_on_and_give_up_on(worker: Bench, kind: str, error: type[Exc
     with pytest.raises(error):
         get(worker.get(Retried).choosy(kind, kind))
     assert len(failures(worker, kind)) == runs
+
+
+def test_a_retry_keeps_its_format(worker: Bench) -> None:
+    """The format and the compression that a call chose are those of its retries."""
+    packed = worker.get(TaskDispatcher).configure(
+        worker.get(Retried).until_third, serializer="msgpack", compression="gzip"
+    )
+    result = packed("packed")
+    assert get(result)["compression"] == "application/x-gzip"
+    formats = [event["format"] for event in worker.events(event="received", id=result.task_id)]
+    assert formats == ["application/x-msgpack"] * 3
+
+
+def test_a_retry_keeps_secrets(worker: Bench) -> None:
+    """What the log shows of a retried message is what it showed of the first one."""
+    result: Any = worker.get(Retried).in_secret("secret", SecretStr("c4n4ry"))
+    assert get(result) == "6 characters"
+    shown = {str(event["args"]) for event in worker.events(event="received", id=result.task_id)}
+    assert len(shown) == 1
+    assert "c4n4ry" not in shown.pop()
+    assert "c4n4ry" not in worker.worker.output
 
 
 def test_a_retry_keeps_its_queue(worker: Bench) -> None:

@@ -29,7 +29,7 @@ SENDING = {
     "producer_connections",
     "publisher",
 }
-RUNNING = {"execution", "post_processor"}
+RUNNING = {"execution", "post_processor", "run_retry"}
 WORKER_LIFE = {
     "worker",
     "worker.lifecycle",

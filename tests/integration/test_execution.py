@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, override
 
 import pytest
+from celery.app.trace import build_tracer
 from celery.exceptions import Retry
 from spakky.auth import (
     AuthContext,
@@ -28,6 +29,7 @@ from spakky.tracing import ITracePropagator, TraceContext
 
 from spakky.plugins.celery.common.constants import CELERY_TASK_CONTEXT_KEY
 from spakky.plugins.celery.error import TaskArgumentsError, TaskAuthorizationDeniedError
+from spakky.plugins.celery.options import RetryPolicy, task_options
 from support.fixtures import celery_of
 from support.probe import build
 
@@ -86,6 +88,11 @@ class Looks(IApplicationContextAware):
     @task
     async def fail(self) -> None:
         await asyncio.sleep(0)
+        raise LookupError
+
+    @task
+    @task_options(retry=RetryPolicy(max_retries=1, backoff=0))
+    async def fail_once_more(self) -> None:
         raise LookupError
 
     @task
@@ -237,3 +244,17 @@ async def test_results_are_awaited_without_blocking() -> None:
         await asyncio.wait_for(waiting[1], 20)
     assert repr(good) == f"CeleryTaskResult({good.task_id!r})"
     await asyncio.to_thread(started.stop)
+
+
+def test_a_retry_is_sent_when_its_state_is_stored(app: SpakkyApplication, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sent before, the next run could end first, and RETRY would overwrite how it ended: nobody would ever know."""
+    celery = celery_of(app)
+    body = celery.tasks[f"{Looks.__module__}.Looks.fail_once_more"]
+    steps: list[str] = []
+    store, send = celery.backend.mark_as_retry, celery.send_task
+    monkeypatch.setattr(celery.backend, "mark_as_retry", lambda *a, **k: (store(*a, **k), steps.append("stored")))
+    monkeypatch.setattr(celery, "send_task", lambda *a, **k: (steps.append("sent"), send(*a, **k)))
+    request = {"id": "an-id", "is_eager": False, "called_directly": False, "retries": 0, "delivery_info": {}}
+    trace = build_tracer(body.name, body, app=celery)
+    assert trace("an-id", (), {}, request).info is not None
+    assert steps == ["stored", "sent"]

@@ -90,8 +90,10 @@ class Numbers(IApplicationContextAware):
         return sum(order.price for order in orders) - discount, {order.placed for order in orders}
 
     @task
+    @protected
     @task_options(retry=RetryPolicy(max_retries=1, backoff=0, jitter=False))
     def flaky(self, number: int) -> int:
+        self._note(f"flaky {current_task.request.retries}")
         if current_task.request.retries < 1:
             raise OSError
         return number + 1

@@ -11,6 +11,7 @@ from typing import Any, override
 from celery import Celery, current_task, signals
 from celery.exceptions import SoftTimeLimitExceeded
 from kombu import Exchange, Queue
+from pydantic import SecretStr
 from spakky.core.application.application import SpakkyApplication
 from spakky.core.pod.annotations.pod import Pod
 from spakky.task import TaskHandler, task
@@ -181,6 +182,13 @@ class Retried:
 
     @task
     @task_options(retry=QUICK)
+    def in_secret(self, tag: str, token: SecretStr) -> str:
+        if current_task.request.retries < 2:
+            self._fail(tag, Flaky(tag))
+        return f"{len(token.get_secret_value())} characters"
+
+    @task
+    @task_options(retry=QUICK)
     def in_vain(self, tag: str) -> None:
         self._fail(tag, Flaky(tag))
 
@@ -251,7 +259,7 @@ class Queues(CeleryCustomizer):
 
 @signals.task_received.connect
 def tell_format(request: Any, **_: Any) -> None:
-    record("received", id=request.id, format=request.content_type)
+    record("received", id=request.id, format=request.content_type, args=request.argsrepr)
 
 
 def create_app() -> SpakkyApplication:

@@ -4,7 +4,7 @@ from collections.abc import Awaitable
 from contextvars import Context, copy_context
 from inspect import isawaitable
 from logging import getLogger
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from celery import Task
 from spakky.auth.constants import AUTH_CONTEXT_SNAPSHOT_METADATA_KEY
@@ -27,7 +27,6 @@ from spakky.plugins.celery.common.constants import (
     CELERY_TASK_CONTEXT_KEY,
     CODEC_HEADER,
     HANDLER_POD_HEADER,
-    SERIALIZER_HEADER,
 )
 from spakky.plugins.celery.common.remote_errors import to_travelling_error
 from spakky.plugins.celery.common.run_key import key_by_run
@@ -37,6 +36,7 @@ from spakky.plugins.celery.common.task_loop import TaskLoop
 from spakky.plugins.celery.common.task_method import TaskMethod
 from spakky.plugins.celery.error import AmbiguousHandlerPodError, TaskAuthorizationDeniedError
 from spakky.plugins.celery.run import CURRENT_RUN, Run
+from spakky.plugins.celery.run_retry import retry
 
 __all__ = ["TaskExecution", "release_traceback"]
 
@@ -44,7 +44,6 @@ logger = getLogger(__name__)
 
 _TRACEPARENT: Final = "traceparent"
 _INVALID_TRACE_VERSION: Final = "ff"
-_RETRY_GROWTH: Final = 3
 
 
 class TaskExecution:
@@ -101,7 +100,7 @@ class TaskExecution:
             policy = method.options.get("retry")
             if policy is None or not policy.is_worth_retrying(error):
                 raise
-            raise _retry(task, method, error) from error
+            retry(task, method, error)
 
     def _run_once(
         self,
@@ -136,7 +135,7 @@ class TaskExecution:
         except AuthRequirementDeniedError as error:
             if not is_retryable_auth_failure(error):
                 raise
-            raise _retry(task, method, error) from error
+            retry(task, method, error)
 
     def _call(self, task: Task, method: TaskMethod, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         """Call the method; what it returns may have to be awaited in the same context."""
@@ -202,25 +201,6 @@ class TaskExecution:
             return self._application_context.get(method.handler)
         except NoUniquePodError:
             raise AmbiguousHandlerPodError(method.name, self._catalog.pods_of(method.handler)) from None
-
-
-def _retry(task: Task, method: TaskMethod, error: Exception) -> Exception:
-    """Send the message again, as it came, through Celery's own retry, which knows how often that was done.
-
-    Returns:
-        What to raise. Where no retry is left, the error is raised here.
-    """
-    request = task.request
-    policy = method.options.get("retry")
-    if policy is None:
-        delay_s = task.default_retry_delay * _RETRY_GROWTH**request.retries
-    else:
-        delay_s = policy.delay_s(request.retries)
-    # Celery would make these three anew: the texts from arguments that may be secret, the others as the task has them.
-    kept = {"argsrepr": request.get("argsrepr"), "kwargsrepr": request.get("kwargsrepr")}
-    kept |= {"compression": request.get("compression"), "serializer": (request.headers or {}).get(SERIALIZER_HEADER)}
-    kept = {name: value for name, value in kept.items() if value is not None}
-    return cast("Exception", task.retry(exc=error, countdown=delay_s, **kept))
 
 
 def release_traceback(sender: Task, retval: object, **_: object) -> None:

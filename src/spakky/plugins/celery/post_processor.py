@@ -46,6 +46,7 @@ from spakky.plugins.celery.error import (
 )
 from spakky.plugins.celery.execution import TaskExecution, release_traceback
 from spakky.plugins.celery.keyword_guard import guard_keywords
+from spakky.plugins.celery.run_retry import send_retry
 from spakky.plugins.celery.schedule import to_celery_schedule
 
 __all__ = ["CeleryPostProcessor"]
@@ -238,7 +239,11 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
             if not hasattr(known, APPLICATION_CONTEXT_ATTRIBUTE):
                 raise DuplicateTaskNameError(name, f"{known.__module__} (a plain Celery task)", method.location)
             celery.tasks.unregister(name)
-        attributes = {"default_retry_delay": _RETRY_DELAY_S, **to_task_attributes(method.options)}
+        attributes = {
+            "default_retry_delay": _RETRY_DELAY_S,
+            "on_retry": send_retry,
+            **to_task_attributes(method.options),
+        }
         if codec_of(method).has_sensitive_result:
             attributes["resultrepr_maxsize"] = 0  # Celery logs a result, and puts it into events, up to this length
         celery.task(
