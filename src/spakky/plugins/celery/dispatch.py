@@ -284,8 +284,7 @@ class TaskSender:
         options: Mapping[str, Any],
     ) -> list[CeleryTaskResult[Any]]:
         """Send messages in order, and give a handle for each of those that end something."""
-        for message in messages:
-            self._check_encodable(message)
+        self._check_all_encodable(messages)
         if not self._defer(messages, options):
             self.send_deferred(messages)
         return [self._to_handle(result, message) for message, result in ends]
@@ -297,8 +296,7 @@ class TaskSender:
         options: Mapping[str, Any],
     ) -> list[CeleryTaskResult[Any]]:
         """Same as ``send_composed``, but the event loop goes on meanwhile."""
-        for message in messages:
-            self._check_encodable(message)
+        self._check_all_encodable(messages)
         if not self._defer(messages, options):
             await self.send_deferred_async(messages)
         return [self._to_handle(result, message) for message, result in ends]
@@ -360,6 +358,10 @@ class TaskSender:
                 raise
             envelopes.append(envelope)
         return envelopes
+
+    def _check_all_encodable(self, envelopes: Sequence[_Envelope]) -> None:
+        for envelope in envelopes:
+            self._check_encodable(envelope)
 
     def _check_encodable(self, envelope: _Envelope) -> None:
         serializer = str(envelope.options.get("serializer") or self.celery.conf.task_serializer)
