@@ -9,6 +9,7 @@ serves what this one sends, and not what the published one sends.)
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +19,14 @@ import pytest
 
 from support.auth_app import ENVIRONMENT
 from support.brokers import REDIS_URL, make_broker, require_server
-from support.processes import make_environment, running
+from support.processes import make_environment, running, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 PUBLISHED = "8.5.0"
 PACKAGES = [f"spakky-celery=={PUBLISHED}", "celery[redis]", "spakky-tracing", "spakky-cryptography"]
 HERE = Path(sys.executable).parent
+REPORTED = re.compile(r"Mailer\.report\[[^]]*\] succeeded.*'reported'")
 DISPATCH = "from support.peer_app import main; main()"
 
 
@@ -50,7 +52,7 @@ def published() -> Path:
 
 
 def exchange(kind: str, folder: Path, client: Path, worker: Path) -> dict[str, Any]:
-    """Dispatch everything from one package's process to the other's worker."""
+    """Dispatch everything, and run beat, in one package's processes; the worker is another's, or the same one's."""
     common = {
         "SPAKKY_CELERY__BROKER_URL": make_broker(kind, folder).broker_url,
         "SPAKKY_CELERY__RESULT_BACKEND": REDIS_URL,
@@ -58,19 +60,28 @@ def exchange(kind: str, folder: Path, client: Path, worker: Path) -> dict[str, A
     }
 
     def environment_of(package: Path) -> dict[str, str]:
-        return {**common, "SPAKKY_CELERY__QUEUE": "celery"} if package is HERE else common
+        return {**common, "SPAKKY_CELERY__QUEUE": "celery"} if package is HERE and client is not worker else common
 
-    command = [str(worker / "celery"), "-A", "support.peer_app:celery", "worker", "--pool", "solo", "-l", "INFO"]
-    with running(command, environment_of(worker), folder / "worker.log", cwd=folder):
+    def command_of(package: Path, name: str) -> list[str]:
+        return [str(package / "celery"), "-A", "support.peer_app:celery", name, "--loglevel", "INFO"]
+
+    worker_command = [*command_of(worker, "worker"), "--pool", "solo"]
+    with running(worker_command, environment_of(worker), folder / "worker.log", cwd=folder) as running_worker:
         done = subprocess.run(
             [str(client / "python"), "-c", DISPATCH],
             env=make_environment(environment_of(client)),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
-    assert done.returncode == 0, f"{done.stderr}\n{(folder / 'worker.log').read_text()}"
+        assert done.returncode == 0, f"{done.stderr}\n{running_worker.output}"
+        known = len(REPORTED.findall(running_worker.output))
+        with running(command_of(client, "beat"), environment_of(client), folder / "beat.log", ready=None, cwd=folder):
+            wait_until(
+                lambda: len(REPORTED.findall(running_worker.output)) > known,
+                describe=lambda: running_worker.output,
+            )
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
 
@@ -97,7 +108,7 @@ def check(answer: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", ["redis", "amqp"])
 @pytest.mark.parametrize("direction", ["ours to published", "published to ours"])
 def test_messages_flow_both_ways(kind: str, direction: str, published: Path, tmp_path: Path) -> None:
-    """Tasks of every kind, results, errors, traces and signed identities go from one package to the other's worker."""
+    """Tasks of every kind, what beat sends, results, errors, traces and signed identities go from one to the other."""
     client, worker = (HERE, published) if direction == "ours to published" else (published, HERE)
     answer = exchange(kind, tmp_path, client, worker)
     check(answer)
@@ -105,10 +116,12 @@ def test_messages_flow_both_ways(kind: str, direction: str, published: Path, tmp
     assert (answer["send"]["by"] == PUBLISHED) is (worker is published)
 
 
-@pytest.mark.parametrize("package", ["ours", "published"])
-def test_an_application_of_the_published_package_runs_unchanged(package: str, published: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("package", "kind"), [("ours", "redis"), ("ours", "amqp"), ("published", "redis")])
+def test_an_application_of_the_published_package_runs_unchanged(
+    package: str, kind: str, published: Path, tmp_path: Path
+) -> None:
     """The same module, started the same way, does the same on this package as on the published one, by itself."""
     where = HERE if package == "ours" else published
-    answer = exchange("redis", tmp_path, where, where)
+    answer = exchange(kind, tmp_path, where, where)
     check(answer)
     assert (answer["from"] == PUBLISHED) is (answer["send"]["by"] == PUBLISHED) is (where is published)

@@ -590,7 +590,7 @@ def measure(url: str, *arguments: str, timeout_s: float = TIMEOUT_S, **variables
             cwd=TESTS,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
         now = time.time()
@@ -606,6 +606,7 @@ def measure(url: str, *arguments: str, timeout_s: float = TIMEOUT_S, **variables
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["redis", "amqp"])
 @pytest.mark.parametrize("state", ["refusing", "frozen", "delayed"])
 def test_no_stall_and_no_endless_call(kind: str, state: str) -> None:

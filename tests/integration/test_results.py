@@ -40,6 +40,7 @@ def handle(celery: Celery) -> CeleryTaskResult[object]:
     return CeleryTaskResult(celery.AsyncResult(str(uuid4())))
 
 
+@pytest.mark.timeout(300)
 async def test_a_thousand_waits_share_a_thread(celery: Celery) -> None:
     """All get their own result, whatever ends first, and at most one thread more than before waits for them."""
     count = 1000

@@ -113,7 +113,7 @@ class Mailer(IApplicationContextAware):
     async def sign(self) -> dict[str, Any]:
         return {**self._stamp.read(), "by_subject": require_auth_context(self._context).subject.id}
 
-    @schedule(interval=timedelta(minutes=5))
+    @schedule(interval=timedelta(seconds=1))
     def report(self) -> str:
         return "reported"
 

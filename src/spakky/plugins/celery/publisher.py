@@ -60,14 +60,16 @@ class Publisher:
 
     async def call_async[R](self, function: Callable[[], R], timeout_s: float) -> R:
         """Same as ``call``, but for a coroutine: the event loop goes on meanwhile."""
-        future = asyncio.wrap_future(self._submit(function))
+        submitted = self._submit(function)
+        future = asyncio.wrap_future(submitted)
         try:
             await asyncio.wait([future], timeout=timeout_s)
         finally:
             not_in_time = future.cancel()
         if not_in_time:
             raise PublishTimeoutError
-        return future.result()
+        future.exception()  # seen, so that asyncio does not report it
+        return submitted.result()  # asyncio of Python 3.12 makes a TimeoutError anew, without its cause
 
     def close(self) -> None:
         """Let the threads end when what was submitted is done. A later call starts threads anew."""
