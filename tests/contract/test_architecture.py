@@ -35,6 +35,7 @@ WORKER_LIFE = {
     "worker.lifecycle",
     "worker.hub_calls",
     "worker.loop_watch",
+    "worker.masked_request",
     "worker.pool",
     "worker.job_threads",
 }

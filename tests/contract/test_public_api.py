@@ -148,6 +148,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "DEFAULT_CONCURRENCY",
         "DEFAULT_CONCURRENCY_SETTING",
         "HANDLER_POD_HEADER",
+        "MASKED_REQUEST",
         "SERIALIZER_HEADER",
         "WORKER_THREADS_SETTING",
     ],

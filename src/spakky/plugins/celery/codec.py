@@ -121,6 +121,11 @@ class TaskCodec:
         self._result = _make_codec(method, "the result", hints.get("return", _UNKNOWN))
 
     @property
+    def has_sensitive_arguments(self) -> bool:
+        """Whether there are arguments that must not be shown."""
+        return self._has_sensitive_arguments
+
+    @property
     def has_sensitive_result(self) -> bool:
         """Whether the result must not be shown."""
         return self._result.is_sensitive

@@ -34,6 +34,7 @@ from spakky.plugins.celery.common.constants import (
     APPLICATION_CONTEXT_ATTRIBUTE,
     ASYNC_BODY_ATTRIBUTE,
     HANDLER_POD_HEADER,
+    MASKED_REQUEST,
 )
 from spakky.plugins.celery.common.green_threads import check_worker
 from spakky.plugins.celery.common.late_binding import LateBoundPod
@@ -244,7 +245,10 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
             "on_retry": send_retry,
             **to_task_attributes(method.options),
         }
-        if codec_of(method).has_sensitive_result:
+        codec = codec_of(method)
+        if codec.has_sensitive_arguments:
+            attributes["Request"] = MASKED_REQUEST
+        if codec.has_sensitive_result:
             attributes["resultrepr_maxsize"] = 0  # Celery logs a result, and puts it into events, up to this length
         celery.task(
             self._make_body(method),

@@ -12,6 +12,7 @@ __all__ = [
     "DEFAULT_CONCURRENCY",
     "DEFAULT_CONCURRENCY_SETTING",
     "HANDLER_POD_HEADER",
+    "MASKED_REQUEST",
     "SERIALIZER_HEADER",
     "WORKER_THREADS_SETTING",
 ]
@@ -36,6 +37,9 @@ ASYNC_BODY_ATTRIBUTE: Final = "spakky_async_body"
 
 ASYNCIO_POOL: Final = "spakky.plugins.celery.worker.pool:AsyncioPool"
 """The pool that runs ``async def`` tasks on one event loop, as Celery's ``worker_pool`` setting takes it."""
+
+MASKED_REQUEST: Final = "spakky.plugins.celery.worker.masked_request:MaskedRequest"
+"""The requests of tasks with sensitive arguments, as a Celery task's ``Request`` takes it. Workers import it."""
 
 WORKER_THREADS_SETTING: Final = "spakky_worker_threads"
 """Celery setting: sync tasks that an ``AsyncioPool`` runs at a time."""
