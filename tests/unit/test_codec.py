@@ -250,6 +250,13 @@ def test_arguments_stay_where_the_caller_wrote_them_and_defaults_are_left_out() 
     )
 
 
+def test_a_keyword_with_the_name_of_a_positional_parameter_is_one_of_the_others() -> None:
+    def run(self, value: int, /, **more: date) -> None: ...
+
+    today = date(2026, 1, 2)
+    assert codec_for(run).encode_arguments((1,), {"value": today}) == ((1,), {"value": "2026-01-02"})
+
+
 def test_unannotated_parameters_take_what_the_serializer_takes() -> None:
     def run(self, anything, *rest, **more): ...
 
