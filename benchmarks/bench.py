@@ -65,8 +65,8 @@ class Peer:
         return PEERS_FOLDER / self.requirements[0].partition("[")[0].partition("==")[0] / "bin"
 
 
-CELERY = ("celery[redis]==5.7.0",)
-TASKIQ = ("taskiq==0.13.0", "taskiq-redis==1.2.4", "taskiq-aio-pika==0.6.1")
+CELERY = ("celery[redis]==5.7.0", "redis==8.1.0")
+TASKIQ = ("taskiq==0.13.0", "taskiq-redis==1.2.4", "taskiq-aio-pika==0.6.1", "redis==8.1.0")
 TASKIQ_WORKER = ["taskiq", "worker", "taskiq_app:broker", "--workers", "1", "--max-async-tasks", str(IN_FLIGHT)]
 TASKIQ_WORKER += ["--max-prefetch", str(IN_FLIGHT), "--log-level", "WARNING"]
 
@@ -100,7 +100,7 @@ PEERS = [
         "published prefork-2",
         "spakky_app",
         ["celery", "-A", "spakky_app:celery", *CELERY_WORKER, "-P", "prefork", "-c", "2"],
-        ("spakky-celery==8.5.0", "celery[redis]==5.7.0"),
+        ("spakky-celery==8.5.0", *CELERY),
         environment={"BENCH_PUBLISHED": "1"},
         is_serial=True,
         queue="celery",
@@ -108,12 +108,12 @@ PEERS = [
     Peer("taskiq list", "taskiq_app", TASKIQ_WORKER, TASKIQ, ("redis",), {"BENCH_TRANSPORT": "list"}),
     Peer("taskiq stream", "taskiq_app", TASKIQ_WORKER, TASKIQ, ("redis",), {"BENCH_TRANSPORT": "stream"}),
     Peer("taskiq", "taskiq_app", TASKIQ_WORKER, TASKIQ, ("amqp",), {"BENCH_TRANSPORT": "amqp"}),
-    Peer("arq", "arq_app", ["arq", "arq_app.WorkerSettings"], ("arq==0.28.0",), ("redis",)),
+    Peer("arq", "arq_app", ["arq", "arq_app.WorkerSettings"], ("arq==0.28.0", "redis==5.3.1"), ("redis",)),
     Peer(
         "dramatiq threads-200",
         "dramatiq_app",
         ["dramatiq", "dramatiq_app", "--processes", "1", "--threads", "200"],
-        ("dramatiq[redis,rabbitmq]==2.2.1",),
+        ("dramatiq[redis,rabbitmq]==2.2.1", "redis==8.1.0"),
     ),
 ]
 

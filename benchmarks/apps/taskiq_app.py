@@ -11,7 +11,8 @@ kind, url, queue = os.environ["BENCH_TRANSPORT"], os.environ["BENCH_BROKER"], os
 if kind == "list":
     from taskiq_redis import ListQueueBroker
 
-    broker = ListQueueBroker(url, queue_name=queue)
+    # It waits without an end for a message, and redis-py breaks off what takes longer than its default of 5 s.
+    broker = ListQueueBroker(url, queue_name=queue, socket_timeout=None)
 elif kind == "stream":
     from taskiq_redis import RedisStreamBroker
 
