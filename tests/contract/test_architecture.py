@@ -29,7 +29,7 @@ SENDING = {
     "producer_connections",
     "publisher",
 }
-RUNNING = {"execution", "post_processor", "run_retry"}
+RUNNING = {"execution", "post_processor", "run_retry", "seal_check"}
 WORKER_LIFE = {
     "worker",
     "worker.lifecycle",
@@ -68,8 +68,9 @@ VALUES = {
     "options",
     "run",
     "schedule",
+    "seal",
 }
-BOTH_ENDS = {"auth"}
+BOTH_ENDS = {"auth", "sealed_amqp"}
 TRANSPORTS = {"transport", "transport.redis"}
 COMPOSITION = {"", "cli", "main"}
 

@@ -115,6 +115,7 @@ FACTS: dict[str, dict[str, Any]] = {
         "reason": "no result back end is configured",
     },
     "TaskResultWaitInRunError": {"task_id": "9d9f8a8e-0c9e-4f7e-8f9b-0a3a5a3b1c11"},
+    "TaskSealInvalidError": {"task": "shop.Mailer.write", "reason": "mismatch", "key_id": "2026-11"},
     "UntrustedResultError": {
         "task_id": "9d9f8a8e-0c9e-4f7e-8f9b-0a3a5a3b1c11",
         "reason": "Expected an exception class, got os.system with payload ls",

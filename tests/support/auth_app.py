@@ -347,6 +347,10 @@ class Open(Observer):
         return f"hello {name}{punctuation}"
 
     @task
+    def join(self, greetings: list[str]) -> str:
+        return " ".join(greetings)
+
+    @task
     def fail(self, text: str) -> None:
         raise ValueError(text)
 

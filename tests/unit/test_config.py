@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from spakky.core.application.application import SpakkyApplication
 from spakky.core.application.application_context import ApplicationContext
 
-from spakky.plugins.celery.common.config import CeleryConfig, CeleryDelivery, CelerySerializer
+from spakky.plugins.celery.common.config import CeleryConfig, CeleryDelivery, CelerySealPolicy, CelerySerializer
 from spakky.plugins.celery.common.constants import ASYNCIO_POOL, BLOCKED_LOOP_SETTING, WORKER_THREADS_SETTING
 from spakky.plugins.celery.error import AbstractSpakkyCeleryError, InvalidCeleryConfigError, InvalidTimezoneError
 
@@ -352,13 +352,13 @@ def test_no_tls_is_no_tls() -> None:
 
 
 @pytest.mark.parametrize("setting", ["tls_ca_file", "tls_cert_file", "tls_key_file"])
-def test_a_tls_file_that_does_not_exist_is_refused(setting: str, tmp_path: Path, pem: Path) -> None:
+def test_a_tls_file_that_does_not_exist_is_refusal_of(setting: str, tmp_path: Path, pem: Path) -> None:
     """A wrong path is found before the first connection."""
     error = refusal_of(**{"broker_url": "amqps://h", "tls_cert_file": pem, setting: tmp_path / "missing.pem"})
     assert error.setting == setting
 
 
-def test_tls_that_nothing_can_use_is_refused(pem: Path) -> None:
+def test_tls_that_nothing_can_use_is_refusal_of(pem: Path) -> None:
     """Nobody believes in TLS that is not there."""
     assert refusal_of(tls=True).setting == "tls"
     assert refusal_of(broker_url="amqp://h", tls_ca_file=pem).setting == "tls_ca_file"
@@ -377,7 +377,7 @@ def test_tls_that_nothing_can_use_is_refused(pem: Path) -> None:
         *("redis://h/0?password=p", "redis://h/0?no_such=1", "rediss://h?ssl_cert_reqs=maybe"),
     ],
 )
-def test_unusable_broker_urls_are_refused(url: str) -> None:
+def test_unusable_broker_urls_are_refusal_of(url: str) -> None:
     """No text that kombu could not connect with becomes a config."""
     error = refusal_of(broker_url=url)
     assert (error.setting, error.variable) == ("broker_url", f"{PREFIX}BROKER_URL")
@@ -421,7 +421,7 @@ def test_a_missing_library_is_refused_with_what_to_install(settings: dict[str, A
 @pytest.mark.parametrize(
     "url", ["", "garbage", "amqp://h", "Redis://h", "redis://h/db", "riak://h", "no.such:Class", "re dis://h"]
 )
-def test_unusable_result_back_ends_are_refused(url: str) -> None:
+def test_unusable_result_back_ends_are_refusal_of(url: str) -> None:
     """What Celery could not load is refused, its removed back ends included."""
     assert refusal_of(result_backend=url).setting == "result_backend"
 
@@ -451,7 +451,7 @@ def test_a_wrong_time_zone_has_an_error_of_its_own(name: str, nearest: str | Non
 
 
 @pytest.mark.parametrize("setting", ["task_serializer", "result_serializer"])
-def test_a_serializer_that_is_not_accepted_is_refused(setting: str) -> None:
+def test_a_serializer_that_is_not_accepted_is_refusal_of(setting: str) -> None:
     """Workers would refuse every message, callers every result."""
     error = refusal_of(**{setting: "yaml"})
     assert (error.setting, error.value) == (setting, "'yaml'")
@@ -459,7 +459,7 @@ def test_a_serializer_that_is_not_accepted_is_refused(setting: str) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", ",", [], "[1", "xml", '{"json": 1}'])
-def test_accept_content_without_known_names_is_refused(content: object) -> None:
+def test_accept_content_without_known_names_is_refusal_of(content: object) -> None:
     """Nothing accepted, or nothing known, is a mistake."""
     assert refusal_of(accept_content=content).setting == "accept_content"
 
@@ -508,7 +508,7 @@ def test_pickle_needs_permission(settings: dict[str, Any], caplog: pytest.LogCap
         ({"broker_transport_options": "{"}, "broker_transport_options"),
     ],
 )
-def test_values_out_of_range_are_refused(settings: dict[str, Any], setting: str) -> None:
+def test_values_out_of_range_are_refusal_of(settings: dict[str, Any], setting: str) -> None:
     """The error names the setting and its variable, and is Spakky's, not pydantic's."""
     error = refusal_of(**settings)
     assert isinstance(error, AbstractSpakkyCeleryError)
@@ -660,3 +660,35 @@ def test_no_password_is_shown_whatever_it_contains(before: str, after: str) -> N
     except InvalidCeleryConfigError as error:
         text = str(error)
     assert CANARY not in text
+
+
+# --- seals ---
+
+
+def test_seal_keys_keep_their_order_and_their_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first key seals; no text of the settings has a secret; keys alone mean sign."""
+    monkeypatch.setenv(f"{PREFIX}SEAL_KEYS", json.dumps({"b": "s" * 32, "a": "t" * 32}))
+    config = config_of()
+    assert list(config.seal_keys) == ["b", "a"]
+    assert "s" * 32 not in f"{config!r}{config}{config.model_dump()}{config.celery_settings()}"
+    assert config.effective_seal is CelerySealPolicy.SIGN
+    assert config_of(seal="require").effective_seal is CelerySealPolicy.REQUIRE
+    assert config_of(seal="off").effective_seal is CelerySealPolicy.OFF
+
+
+def test_without_keys_nothing_is_sealed() -> None:
+    """Off is the default, and the other policies need a key."""
+    assert config_of().effective_seal is CelerySealPolicy.OFF
+    error = refusal_of(seal="require")
+    assert (error.setting, "SEAL_KEYS" in str(error)) == ("seal", True)
+
+
+@pytest.mark.parametrize(
+    "keys", ['{"a": "short-canary"}', '{"a.b": "canary-canary-canary-canary-canary"}', "canary", '["canary"]']
+)
+def test_seal_keys_that_cannot_be_used_are_not_shown(monkeypatch: pytest.MonkeyPatch, keys: str) -> None:
+    """The error says what would be right, and has no part of what was given."""
+    monkeypatch.setenv(f"{PREFIX}SEAL_KEYS", keys)
+    error = refusal_of()
+    assert error.setting == "seal_keys"
+    assert "canary" not in f"{error}{error.args!r}"

@@ -24,6 +24,7 @@ The tree::
     +-- AuthSnapshotPropagationSignerUnavailableError
     +-- TaskCallerUnauthenticatedError      also a spakky-auth AuthContextNotFoundError
     +-- TaskAuthorizationDeniedError        also a spakky-auth AuthRequirementDeniedError
+    +-- TaskSealInvalidError                a message that is not as it was sealed
     +-- TaskResultMismatchError             a return value that is not what its annotation says
     +-- TaskResultTimeoutError              a result that did not come in time
     +-- TaskResultUnavailableError          a result that nobody stores
@@ -75,6 +76,7 @@ __all__ = [
     "TaskResultTimeoutError",
     "TaskResultUnavailableError",
     "TaskResultWaitInRunError",
+    "TaskSealInvalidError",
     "UnsupportedTaskMethodError",
     "UnsupportedWorkerOptionError",
     "UntrustedResultError",
@@ -610,6 +612,27 @@ class TaskAuthorizationDeniedError(AbstractSpakkyCeleryError, AuthRequirementDen
     def from_decision(cls, task: str, decision: AuthorizationDecision) -> "TaskAuthorizationDeniedError":
         """Make the error of a decision that is not ALLOW."""
         return cls(task, decision.state.value, decision.reason_code.value, decision.reason or "")
+
+
+class TaskSealInvalidError(AbstractSpakkyCeleryError):
+    """Raised by ``get()`` when a worker refused the message, because its seal does not hold.
+
+    Args:
+        task: Name of the task.
+        reason: Value of the ``SealProblem``.
+        key_id: Key that the seal names, empty where it names none.
+    """
+
+    message = "Message is not as it was sealed"
+    problem = "A message of task {task!r} was refused: its seal does not hold, {reason}, key {key_id}."
+    remedy = "Seal with a key that is among SPAKKY_CELERY__SEAL_KEYS of the worker, and change nothing on the way."
+
+    def __init__(self, task: str = "", reason: str = "", key_id: str = "") -> None:
+        self._keep(task=task, reason=reason, key_id=key_id)
+
+    task: str
+    reason: str
+    key_id: str
 
 
 class TaskBodyCancelledError(AbstractSpakkyCeleryError):

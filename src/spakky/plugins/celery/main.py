@@ -1,6 +1,8 @@
 """Owns the composition: the one list of what the plugin registers. Behaves in no way itself."""
 
+from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 from celery import Celery
 from spakky.core.application.application import SpakkyApplication
@@ -8,12 +10,14 @@ from spakky.core.pod.annotations.lazy import Lazy
 from spakky.core.pod.annotations.pod import Pod
 
 from spakky.plugins.celery.aspects.task_dispatch import AsyncCeleryTaskDispatchAspect, CeleryTaskDispatchAspect
-from spakky.plugins.celery.common.config import CeleryConfig
+from spakky.plugins.celery.common.config import CeleryConfig, CelerySealPolicy
 from spakky.plugins.celery.common.customizer import CeleryCustomizer
 from spakky.plugins.celery.common.task_catalog import TaskCatalog
 from spakky.plugins.celery.common.task_loop import TaskLoop
 from spakky.plugins.celery.dispatch import PUBLISH_TIMEOUT_SETTING, TaskDispatcher
 from spakky.plugins.celery.post_processor import CeleryPostProcessor
+from spakky.plugins.celery.seal import Seals
+from spakky.plugins.celery.sealed_amqp import SealedAmqp
 
 __all__ = ["celery_app", "initialize"]
 
@@ -37,12 +41,21 @@ def celery_app(config: CeleryConfig, customizers: tuple[CeleryCustomizer, ...] =
         broker=config.broker_url,
         backend=config.result_backend,
         set_as_current=False,
+        **_seal_options(config),
     )
     celery.conf.update(config.celery_settings())
     celery.conf[PUBLISH_TIMEOUT_SETTING] = config.publish_timeout.total_seconds()
     for customizer in customizers:
         customizer.customize(celery)
     return celery
+
+
+def _seal_options(config: CeleryConfig) -> dict[str, Any]:
+    """Have Celery send every message of the app through what seals it."""
+    policy = config.effective_seal
+    if policy is CelerySealPolicy.OFF:
+        return {}
+    return {"amqp": partial(SealedAmqp, seals=Seals(config.seal_keys), policy=policy)}
 
 
 def initialize(app: SpakkyApplication) -> None:

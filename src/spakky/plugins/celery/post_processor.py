@@ -49,6 +49,8 @@ from spakky.plugins.celery.execution import TaskExecution, release_traceback
 from spakky.plugins.celery.keyword_guard import guard_keywords
 from spakky.plugins.celery.run_retry import send_retry
 from spakky.plugins.celery.schedule import to_celery_schedule
+from spakky.plugins.celery.seal_check import SealCheck
+from spakky.plugins.celery.sealed_amqp import SealedAmqp
 
 __all__ = ["CeleryPostProcessor"]
 
@@ -309,6 +311,12 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
         signals.task_postrun.connect(release_traceback)
         signals.celeryd_init.connect(check_worker)
         signals.celeryd_init.connect(self._consume_named_queues)
+        signals.worker_init.connect(self._check_seals)
+
+    def _check_seals(self, sender: Any, **_: object) -> None:
+        """Check the seals of messages, now that the worker has imported every task."""
+        if self._celery is not None and sender.app is self._celery and isinstance(self._celery.amqp, SealedAmqp):
+            SealCheck(self._celery.amqp.seals, self._celery.amqp.policy).install(self._celery)
 
     def _consume_named_queues(self, instance: Any, **_: object) -> None:
         """Have a worker consume what its tasks' options name, or their messages would wait there, and nobody knew.

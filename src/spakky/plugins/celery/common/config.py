@@ -15,13 +15,14 @@ from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Final, override
 
 from celery.concurrency import ALIASES
-from pydantic import AfterValidator, BeforeValidator, Field, FilePath, ValidationError, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, FilePath, SecretStr, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from spakky.core.pod.annotations.lazy import Lazy
 from spakky.core.stereotype.configuration import Configuration
 
 from spakky.plugins.celery.common.broker_url import (
+    MASK,
     broker_family,
     find_backend_problem,
     find_broker_url_problem,
@@ -44,7 +45,7 @@ from spakky.plugins.celery.common.constants import (
 )
 from spakky.plugins.celery.error import InvalidCeleryConfigError, InvalidTimezoneError
 
-__all__ = ["CeleryConfig", "CeleryDelivery", "CelerySerializer"]
+__all__ = ["CeleryConfig", "CeleryDelivery", "CelerySealPolicy", "CelerySerializer"]
 
 _LOGGER: Final = logging.getLogger(__name__)
 _PREFIX: Final = "SPAKKY_CELERY__"
@@ -63,6 +64,9 @@ _REDIS_REPLY_S: Final = 1
 # that died while it looked keeps the others from it.
 _REDIS_RESTORE_S: Final = 10
 _REDIS_MUTEX_S: Final = 300
+
+_SEAL_KEY_BYTES: Final = 32
+"""As many as the HMAC's own."""
 
 
 class CelerySerializer(StrEnum):
@@ -84,6 +88,17 @@ class CeleryDelivery(StrEnum):
     """It goes back to the queue and runs again."""
     AT_MOST_ONCE = "at_most_once"
     """It is gone: messages are acknowledged before they run."""
+
+
+class CelerySealPolicy(StrEnum):
+    """What is done about seals."""
+
+    OFF = "off"
+    """Messages are not sealed, and seals not looked at."""
+    SIGN = "sign"
+    """Messages are sealed; one whose seal does not hold runs all the same, and is counted and told of."""
+    REQUIRE = "require"
+    """Messages are sealed; one whose seal does not hold is refused."""
 
 
 def _read_duration(value: object) -> object:
@@ -157,6 +172,17 @@ def _check_pool(value: str) -> str:
     return value
 
 
+def _check_seal_keys(value: dict[str, SecretStr]) -> dict[str, SecretStr]:
+    for key_id, secret in value.items():
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", key_id):
+            problem = "A key id has 1 to 64 letters, digits, - and _."
+            raise ValueError(problem)
+        if len(secret.get_secret_value().encode()) < _SEAL_KEY_BYTES:
+            problem = f"Each secret needs {_SEAL_KEY_BYTES} bytes or more: openssl rand -base64 32."
+            raise ValueError(problem)
+    return value
+
+
 def _check_timezone(value: str) -> str:
     if value not in zoneinfo.available_timezones():
         raise ValueError(value)
@@ -197,6 +223,12 @@ type _OptionalDuration = Annotated[
 type _Grace = Annotated[timedelta, AfterValidator(_check_not_negative), BeforeValidator(_read_duration)]
 type _Name = Annotated[str, Field(min_length=1, max_length=255)]
 type _Serializer = Annotated[CelerySerializer, AfterValidator(_check_serializer)]
+type _SealKeys = Annotated[
+    dict[str, SecretStr],
+    AfterValidator(_check_seal_keys),
+    NoDecode,
+    BeforeValidator(_read_json),
+]
 type _TransportOptions = Annotated[dict[str, Any], NoDecode, BeforeValidator(_read_json)]
 
 
@@ -342,6 +374,14 @@ class CeleryConfig(BaseSettings):
 
     allow_pickle: bool = False
     """Permit ``pickle`` as a serializer: whoever can write to the broker can then run code in every worker."""
+
+    seal_keys: _SealKeys = {}
+    """Secrets that messages are sealed with, by key id: the first one seals, all are accepted. In the environment a
+    JSON object; each secret has 32 bytes or more. See security.md. Celery: the class of ``app.amqp``."""
+
+    seal: CelerySealPolicy | None = None
+    """``off``; ``sign``: seal messages, and tell of those whose seal does not hold; ``require``: refuse those. None:
+    ``sign`` where there are keys. The plugin reads it, not Celery."""
 
     @_without_parameters
     def __init__(self, **settings: Any) -> None:
@@ -528,6 +568,15 @@ class CeleryConfig(BaseSettings):
         if self.tls and not self._is_broker_tls() and not self._is_backend_tls():
             yield self._refuse("tls", "TLS is for AMQP and Redis, and neither the broker nor the result back end is.")
         yield from self._tls_file_contradictions()
+        if self.seal not in {None, CelerySealPolicy.OFF} and not self.seal_keys:
+            yield self._refuse("seal", f"Give {_PREFIX}SEAL_KEYS, or off: nothing can be sealed without a key.")
+
+    @property
+    def effective_seal(self) -> CelerySealPolicy:
+        """The policy, decided also where ``seal`` is None."""
+        if self.seal is not None:
+            return self.seal
+        return CelerySealPolicy.SIGN if self.seal_keys else CelerySealPolicy.OFF
 
     def _serializer_contradictions(self) -> Iterator[InvalidCeleryConfigError]:
         accepted = ", ".join(self.accept_content)
@@ -593,6 +642,8 @@ def _shown_input(setting: str, detail: ErrorDetails) -> str:
     """Show what was given, unless it may hold secrets that no pattern finds, such as broken JSON."""
     if detail["type"] == "missing":
         return "not set"
+    if setting == "seal_keys":
+        return MASK
     if setting.endswith("transport_options"):
         return "not a JSON object"
     if setting in {"broker_url", "result_backend"} and isinstance(detail["input"], str):

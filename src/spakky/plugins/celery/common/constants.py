@@ -13,6 +13,7 @@ __all__ = [
     "DEFAULT_CONCURRENCY_SETTING",
     "HANDLER_POD_HEADER",
     "MASKED_REQUEST",
+    "SEAL_HEADER",
     "SERIALIZER_HEADER",
     "WORKER_THREADS_SETTING",
 ]
@@ -28,6 +29,9 @@ SERIALIZER_HEADER: Final = "spakky.celery.serializer"
 
 CODEC_HEADER: Final = "spakky.celery.codec"
 """Header with the version of the wire forms of arguments, of which there is one so far: it is not sent."""
+
+SEAL_HEADER: Final = "spakky.celery.seal"
+"""Header with the seal of a message."""
 
 APPLICATION_CONTEXT_ATTRIBUTE: Final = "spakky_application_context"
 """Attribute of our Celery tasks: the application context that they belong to."""

@@ -1,0 +1,249 @@
+"""Messages are sealed wherever they are sent from, and a worker that requires seals runs nothing else."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from pydantic import SecretStr
+from spakky.auth.constants import AUTH_CONTEXT_SNAPSHOT_METADATA_KEY
+
+from spakky.plugins.celery.common.constants import SEAL_HEADER
+from spakky.plugins.celery.dispatch import TaskDispatcher
+from spakky.plugins.celery.error import TaskSealInvalidError
+from spakky.plugins.celery.seal import SealedParts, Seals
+from support.auth_app import ADMIN, ENVIRONMENT, GUEST, Open, Vault, acting_as, create_app, wait_for
+from support.fixtures import Bench, bench, celery_of
+
+pytestmark = pytest.mark.slow
+
+GREET = "support.auth_app.Open.greet"
+KEYS = {"new": "n" * 32, "old": "canary-of-an-old-key-0123456789ab"}
+RETIRED = {"retired": "r" * 32}
+SEALED = {**ENVIRONMENT, "SPAKKY_CELERY__SEAL_KEYS": json.dumps(KEYS), "SPAKKY_CELERY__SEAL": "require"}
+
+
+@pytest.fixture(
+    scope="module", params=["redis-asyncio", "amqp-threads", pytest.param("redis-prefork", marks=pytest.mark.long)]
+)
+def worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    kind, pool = request.param.split("-")
+    folder = tmp_path_factory.mktemp(request.param)
+    target = "support.auth_app:create_app"
+    with bench(kind, folder, pool, target=target, factory=create_app, concurrency=1, **SEALED) as started:
+        yield started
+
+
+@dataclass
+class Message:
+    """A message that is not sent yet."""
+
+    body: bytes
+    options: dict[str, Any]
+
+    def publish(self, body: bytes, **options: Any) -> None:
+        """Take what Celery would have sent: this stands where a kombu producer does."""
+        self.body, self.options = body, options
+
+    @property
+    def headers(self) -> dict[str, Any]:
+        headers: dict[str, Any] = self.options["headers"]
+        return headers
+
+    def send(self, worker: Bench) -> Any:
+        with celery_of(worker.client).producer_pool.acquire(block=True) as producer:
+            producer.publish(self.body, **self.options)
+        return celery_of(worker.client).AsyncResult(self.headers["id"])
+
+    def seal_again(self, keys: dict[str, str]) -> None:
+        """Seal it with keys of one's own."""
+        seals = Seals({name: SecretStr(secret) for name, secret in keys.items()})
+        options = self.options
+        parts = SealedParts(
+            self.headers, options["reply_to"], options["content_type"], options["content_encoding"], self.body
+        )
+        self.headers[SEAL_HEADER] = seals.seal(parts)
+
+
+def make(worker: Bench, name: str = GREET, identity: Any = ADMIN, **options: Any) -> Message:
+    """Make the message of a dispatch, sealed by the client."""
+    celery, message = celery_of(worker.client), Message(b"", {})
+    made = celery.amqp.create_task_message(str(uuid4()), name, ["ada"], {}, **options)
+    headers: dict[str, str] = {}
+    with acting_as(worker.client, identity):
+        worker.get(TaskDispatcher).sender._inject_identity(
+            next(m for m in worker.get(TaskDispatcher).sender.catalog or () if m.name == GREET),
+            headers,
+            worker.client.application_context,
+        )
+    celery.amqp.send_task_message(message, name, made, headers=headers)
+    return message
+
+
+def refuse(worker: Bench, message: Message) -> TaskSealInvalidError:
+    """Send a message, wait for its refusal, and check that nothing ran for it."""
+    before = len(worker.events(event="ran"))
+    result = message.send(worker)
+    with pytest.raises(TaskSealInvalidError) as caught:
+        wait_for(result)
+    assert len(worker.events(event="ran")) == before
+    assert f"{result.id!r}: its seal does not hold: {caught.value.reason}" in worker.worker.output
+    assert worker.worker.output.count(f"[{result.id}] received") == 0
+    return caught.value
+
+
+def change(name: str, value: object) -> Callable[[Bench, Message], None]:
+    def apply(_: Bench, message: Message) -> None:
+        assert message.headers.get(name) != value
+        message.headers[name] = value
+
+    return apply
+
+
+def change_one_byte(_: Bench, message: Message) -> None:
+    message.body = message.body.replace(b"ada", b"adb")
+
+
+def take_anothers_body(worker: Bench, message: Message) -> None:
+    other = make(worker, argsrepr="other")
+    message.body = other.body.replace(b'["ada"]', b'["bob"]')
+
+
+def take_anothers_snapshot(worker: Bench, message: Message) -> None:
+    name = AUTH_CONTEXT_SNAPSHOT_METADATA_KEY
+    change(name, make(worker, identity=GUEST).headers[name])(worker, message)
+
+
+def take_anothers_seal(worker: Bench, message: Message) -> None:
+    message.headers[SEAL_HEADER] = make(worker).headers[SEAL_HEADER]
+
+
+def drop_snapshot(_: Bench, message: Message) -> None:
+    del message.headers[AUTH_CONTEXT_SNAPSHOT_METADATA_KEY]
+
+
+def change_content_type(_: Bench, message: Message) -> None:
+    message.options["content_type"] = "application/x-other"
+
+
+def change_reply_queue(_: Bench, message: Message) -> None:
+    message.options["reply_to"] = "elsewhere"
+
+
+def drop_seal(_: Bench, message: Message) -> None:
+    del message.headers[SEAL_HEADER]
+
+
+def seal_with_a_retired_key(_: Bench, message: Message) -> None:
+    message.seal_again(RETIRED)
+
+
+def seal_with_another_secret(_: Bench, message: Message) -> None:
+    message.seal_again({"new": "x" * 32})
+
+
+TAMPERING: dict[str, tuple[Callable[[Bench, Message], None], str]] = {
+    "one byte of an argument": (change_one_byte, "mismatch"),
+    "the body of another": (take_anothers_body, "mismatch"),
+    "the snapshot of another": (take_anothers_snapshot, "mismatch"),
+    "no snapshot": (drop_snapshot, "mismatch"),
+    "the seal of another": (take_anothers_seal, "mismatch"),
+    "another task": (change("task", "support.auth_app.Vault.authenticated"), "mismatch"),
+    "another id": (change("id", str(uuid4())), "mismatch"),
+    "no eta": (change("eta", None), "mismatch"),
+    "another expiry": (change("expires", "2999-01-01T00:00:00+00:00"), "mismatch"),
+    "another time limit": (change("timelimit", [1, None]), "mismatch"),
+    "another count of retries": (change("retries", 2), "mismatch"),
+    "arguments shown in the log": (change("argsrepr", "('forged',)"), "mismatch"),
+    "another Pod": (change("spakky.celery.pod", "other"), "mismatch"),
+    "another content type": (change_content_type, "mismatch"),
+    "another reply queue": (change_reply_queue, "mismatch"),
+    "no seal": (drop_seal, "missing"),
+    "a seal of no form": (change(SEAL_HEADER, "1.new.xyz"), "malformed"),
+    "a seal that is a number": (change(SEAL_HEADER, 7), "malformed"),
+    "a retired key": (seal_with_a_retired_key, "unknown key"),
+    "another secret": (seal_with_another_secret, "mismatch"),
+}
+
+
+@pytest.mark.parametrize("kind", TAMPERING)
+def test_what_is_not_as_it_was_sealed_is_refused(worker: Bench, kind: str) -> None:
+    """The reason reaches get() and the log, nothing runs or is retried, and the next message is taken."""
+    tamper, reason = TAMPERING[kind]
+    message = make(worker, eta=datetime.now(UTC) - timedelta(seconds=1))
+    tamper(worker, message)
+    error = refuse(worker, message)
+    assert (error.task, error.reason) == (message.headers["task"], reason)
+    assert not any(secret in worker.worker.output for secret in (*KEYS.values(), *RETIRED.values()))
+    assert wait_for(make(worker).send(worker)) == "hello ada!"
+
+
+def test_every_accepted_key_is_accepted(worker: Bench) -> None:
+    """A message that was sealed with a key which is not the first any more runs."""
+    message = make(worker)
+    message.seal_again({"old": KEYS["old"]})
+    assert message.headers[SEAL_HEADER].startswith("1.old.")
+    assert wait_for(message.send(worker)) == "hello ada!"
+
+
+@pytest.mark.parametrize("name", ["foreign.see", "celery.backend_cleanup", "celery.chord_unlock"])
+def test_plain_tasks_need_a_seal_too(worker: Bench, name: str) -> None:
+    """What a message of any task carries would be sent on by the worker under its own seal."""
+    message = make(worker, name)
+    drop_seal(worker, message)
+    assert refuse(worker, message).reason == "missing"
+
+
+def test_a_body_with_a_callback_is_refused_unsealed(worker: Bench) -> None:
+    """A callback is in the body, and so under the seal."""
+    message = make(worker)
+    link = celery_of(worker.client).signature("support.auth_app.Open.greet", ("mallory",), task_id=str(uuid4()))
+    message.body = message.body.replace(b'"callbacks": null', f'"callbacks": [{json.dumps(link)}]'.encode())
+    assert b"mallory" in message.body
+    assert refuse(worker, message).reason == "mismatch"
+
+
+def test_dispatches_retries_and_delays_are_sealed(worker: Bench) -> None:
+    """A call, one that is delayed, and each retry of one carry a seal that holds."""
+    dispatcher, tasks = worker.get(TaskDispatcher), worker.get(Open)
+    with acting_as(worker.client, ADMIN):
+        assert dispatcher.dispatch(tasks.greet, "ada").get(20) == "hello ada!"
+        delayed = dispatcher.configure(tasks.greet, countdown=0.2, expires=60)("eta", punctuation="?")
+        retried = dispatcher.dispatch(tasks.retry_twice, "sealed")
+    assert delayed.get(20) == "hello eta?"
+    assert retried.get(20)["subject"] == "ada"
+    attempts = [event["retries"] for event in worker.events(event="attempt", tag="sealed")]
+    assert attempts == [0, 1, 2]
+
+
+def test_members_of_compositions_are_sealed(worker: Bench) -> None:
+    """What workers send on behalf of a chain or a chord carries a seal that holds, and so does a group."""
+    dispatcher, tasks = worker.get(TaskDispatcher), worker.get(Open)
+    calls = [dispatcher.call(tasks.greet, name) for name in ("a", "b")]
+    chain = dispatcher.chain(calls[0], dispatcher.step(tasks.greet, punctuation="?"))
+    assert chain.dispatch().get(20) == "hello hello a!?"
+    assert [member.get(20) for member in dispatcher.group(*calls).dispatch()] == ["hello a!", "hello b!"]
+    assert dispatcher.chord(calls, dispatcher.step(tasks.join)).dispatch().get(20) == "hello a! hello b!"
+
+
+def test_protected_tasks_run_under_a_seal(worker: Bench) -> None:
+    """Identity and seal go together."""
+    with acting_as(worker.client, ADMIN):
+        result = worker.get(TaskDispatcher).dispatch(worker.get(Vault).role)
+    assert result.get(20)["subject"] == "ada"
+
+
+def test_a_worker_that_only_signs_runs_and_tells(tmp_path: Path) -> None:
+    """The policy for a change: what require would refuse runs, and each reason is told once."""
+    signing = {**SEALED, "SPAKKY_CELERY__SEAL": "sign"}
+    target = "support.auth_app:create_app"
+    with bench("filesystem", tmp_path, target=target, factory=create_app, concurrency=1, **signing) as worker:
+        for _ in range(2):
+            message = make(worker)
+            drop_seal(worker, message)
+            assert wait_for(message.send(worker)) == "hello ada!"
+        assert worker.worker.output.count("runs though its seal does not hold: missing") == 1
