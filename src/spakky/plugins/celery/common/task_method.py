@@ -20,7 +20,6 @@ from types import FunctionType
 from typing import Final, cast
 from weakref import WeakKeyDictionary
 
-from spakky.core.aop.advisor import Advisor, AsyncAdvisor
 from spakky.core.common.constants import ANNOTATION_METADATA, DYNAMIC_PROXY_CLASS_NAME_SUFFIX
 from spakky.task.stereotype.schedule import ScheduleRoute
 from spakky.task.stereotype.task_handler import TaskRoute
@@ -205,11 +204,9 @@ def _own_attributes(member: object) -> Mapping[str, object]:
 def to_bound_task(callable_: object) -> BoundTask | None:
     """See through proxies and advisors to the task method and its handler instance; None if it is no task.
 
-    Spakky's proxy hands out wrappers (``__wrapped__``), and an outer aspect receives the inner ones as Advisor objects
-    whose own class has a ``__module__`` and a ``__qualname__`` that are not the method's.
+    Spakky's proxy hands out wrappers (``__wrapped__``), and an outer aspect receives the inner ones as Advisor objects,
+    which give what they wrap gives, but for a ``__module__`` and a ``__qualname__`` of their own class.
     """
-    while isinstance(callable_, Advisor | AsyncAdvisor):
-        callable_ = callable_.next
     instance = getattr(callable_, "__self__", None)
     function = getattr(callable_, "__func__", None)
     if instance is None or function is None:
