@@ -2,18 +2,27 @@
 
 import json
 import os
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
-from typing import Annotated, Any, TypedDict, Unpack
+from typing import Annotated, Any, Literal, TypedDict, Unpack
 from uuid import UUID
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kombu.serialization import dumps, loads
-from pydantic import BaseModel, Field, SecretStr
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    computed_field,
+    field_validator,
+)
 from spakky.task import task
 
 from spakky.plugins.celery.codec import Sensitive, TaskCodec, codec_of
@@ -222,15 +231,107 @@ def test_a_subclass_is_refused_because_it_would_arrive_as_its_base() -> None:
     class Discount(Line):
         rate: int = 5
 
-    (problem,) = problems_of(list[Line], [Discount("tea", Decimal(1))])
-    assert problem.startswith("value at $[0] should be exactly Line")
-    assert "Discount is a subclass of it" in problem
+    discount = Discount("tea", Decimal(1))
+    for annotation, value in (
+        (Line, discount),
+        (list[Line], [discount]),
+        (Line, Line("tin", Decimal(1), parts=[discount])),
+    ):
+        (problem,) = problems_of(annotation, value)
+        assert "would come back as" in problem
 
 
 def test_a_model_that_was_made_wrong_is_refused() -> None:
     wrong = Invoice.model_construct(number="no uuid", lines=[])
     (problem,) = problems_of(Invoice, wrong)
-    assert problem.startswith("value at $")
+    assert problem.startswith("value at $ cannot be converted")
+
+
+class Aliased(BaseModel):
+    number: int = Field(alias="No.")
+
+
+class Computing(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    number: int
+
+    @computed_field
+    @property
+    def twice(self) -> int:
+        return 2 * self.number
+
+
+class Parsing(BaseModel):
+    """Its validator takes what it is made from, and not what it makes of it."""
+
+    when: datetime
+
+    @field_validator("when", mode="before")
+    @classmethod
+    def parse(cls, value: str) -> datetime:
+        return datetime.fromisoformat(value)
+
+
+class Excluding(BaseModel):
+    kept: int
+    excluded: int = Field(default=1, exclude=True)
+
+
+@dataclass(eq=False)
+class Unequal:
+    number: int
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value"),
+    [
+        (Aliased, Aliased.model_validate({"No.": 9})),
+        (list[Computing], [Computing(number=1)]),
+        (Parsing, Parsing.model_validate({"when": "2026-01-02T03:04:05"})),
+        (Excluding, Excluding(kept=1)),
+        (Annotated[str, AfterValidator(str.strip)], " tea "),
+        (Annotated[str, AfterValidator(str.lower)], "TEA"),
+    ],
+)
+def test_models_with_a_form_of_their_own_come_back(annotation: Any, value: object) -> None:
+    """Aliases, computed fields and validators that make another value of what they get."""
+    made = TypeAdapter(annotation).validate_python(value)
+    codec = codec_of_one(annotation)
+    args, _ = codec.encode_arguments((value,), {})
+    assert codec.decode_arguments(args, {}) == ((made,), {})
+
+
+def test_an_instance_without_a_comparison_comes_back() -> None:
+    (back, _) = round_trip(Unequal, Unequal(5), "json")
+    assert isinstance(back, Unequal)
+    assert back.number == 5
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value"),
+    [
+        (Excluding, Excluding(kept=1, excluded=5)),
+        (Sequence[int], (1, 2)),
+        (datetime, datetime(1890, 1, 1, tzinfo=timezone(timedelta(seconds=561)))),
+        (Literal[Colour.RED], Colour.RED),
+        (dict[int | str, int], {1: 1}),
+        (Annotated[int, AfterValidator(lambda value: value + 1)], 1),
+    ],
+)
+def test_what_would_arrive_as_something_else_is_refused(annotation: Any, value: object) -> None:
+    (problem,) = problems_of(annotation, value)
+    assert "come back as" in problem or "on the way back" in problem
+
+
+def test_a_validator_that_fails_in_its_own_way_makes_a_message_unfit() -> None:
+    """A message that cannot be decoded is never worth a retry, whatever a validator raises."""
+    with pytest.raises(TaskArgumentsError, match="TypeError"):
+        codec_of_one(Parsing).decode_arguments(({"when": None},), {})
+
+
+def test_aliases_of_other_producers_are_read() -> None:
+    codec = codec_of_one(Aliased)
+    assert codec.decode_arguments(({"No.": 7},), {}) == codec.decode_arguments(({"number": 7},), {})
 
 
 def test_what_no_annotation_describes_is_plain_json() -> None:
@@ -301,7 +402,6 @@ def test_models_of_a_union_that_fit_each_other_need_a_discriminator() -> None:
     assert round_trip(Wolf | Cat, Wolf(name="x"), "json") == (Wolf(name="x"),) * 2
     (problem,) = problems_of(Wolf | Fox, Fox(name="Renard"))
     assert "would come back as Wolf" in problem
-    assert "discriminator" in problem
 
 
 # Start-up

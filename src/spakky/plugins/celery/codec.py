@@ -5,14 +5,15 @@ in any language may have written it.
 """
 
 import typing
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from inspect import Parameter, unwrap
 from logging import getLogger
 from types import SimpleNamespace
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
-from pydantic_core import PydanticSerializationError, ValidationError, to_json
+from pydantic_core import ErrorDetails, ValidationError, to_json
 
 from spakky.plugins.celery.common.previous import PREVIOUS
 from spakky.plugins.celery.common.task_method import TaskMethod, to_qualified_name
@@ -28,6 +29,10 @@ _LONGEST_SHOWN: Final = 80
 _POSITIONAL: Final = frozenset({Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD})
 _BY_KEYWORD: Final = frozenset({Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY})
 _UNKNOWN: Final = object()
+_BY_IDENTITY: Final[Any] = object.__eq__
+_NUMBERS: Final[dict[str, Any]] = {"inf_nan_mode": "constants"}
+_NOT_A_NUMBER: Final = b"NaN"
+"""In JSON: it is equal to nothing, so that its way back cannot be checked."""
 _NOTHING: Final[frozenset[type]] = frozenset()
 _QUICK: Final[dict[Any, frozenset[type]]] = {
     str: frozenset({str}),
@@ -59,44 +64,67 @@ class _ValueCodec:
         schema = self._schema
         if schema is None or type(value) in self.quick:
             return value
-        try:
-            schema.validator.validate_python(value, strict=True, extra="forbid")
+        with self._told():
+            checked = schema.validator.validate_python(value, strict=True, extra="forbid")
             if schema.is_plain:
                 return value
-            wire = schema.serializer.to_python(value, mode="json", warnings="error")
-        except ValidationError as error:
-            raise self._to_problems(error) from None
-        except PydanticSerializationError as error:
-            raise _ProblemsError([("$", "cannot be serialized" if self.is_sensitive else _first_line(error))]) from None
-        if schema.has_similar_records and self.decode(wire) != value:
-            text = f"{_shown(value)} would come back as {_shown(self.decode(wire))}: give the union a discriminator"
-            raise _ProblemsError([("$", "needs a discriminator" if self.is_sensitive else text)])
+            options: Any = {"mode": "json", "warnings": "error", "exclude_computed_fields": True}
+            wire = schema.serializer.to_python(checked, **options)
+        self._check_way_back(checked, wire)
         return wire
 
     def decode(self, wire: Any) -> Any:
         schema = self._schema
         if schema is None or schema.is_plain or type(wire) in self.quick:
             return wire
-        try:
+        with self._told():
             # JSON knows which string is a date. What kombu has made of a message, such as a date, is JSON again first.
             json = to_json(wire, bytes_mode="base64", inf_nan_mode="constants")
             try:
-                return schema.validator.validate_json(json, strict=True)
+                return schema.validator.validate_json(json, strict=True, by_alias=True, by_name=True)
             except ValidationError:
-                return schema.validator.validate_json(json)
+                return schema.validator.validate_json(json, by_alias=True, by_name=True)
+
+    def _check_way_back(self, value: Any, wire: Any) -> None:
+        """Refuse what would arrive as something else: of a subclass, of a union, with fields that are left out."""
+        try:
+            back = self.decode(wire)
+        except _ProblemsError as error:
+            raise _ProblemsError([(path, f"{text}, on the way back") for path, text in error.problems]) from None
+        is_compared = type(value).__eq__ is not _BY_IDENTITY
+        if back == value or not is_compared or _NOT_A_NUMBER in to_json(wire, **_NUMBERS):
+            return
+        text = f"{_shown(value)} would come back as {_shown(back)}"
+        raise _ProblemsError([("$", "would come back as another value" if self.is_sensitive else text)])
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn whatever pydantic, or a validator of the user's, raises into places and texts."""
+        try:
+            yield
         except ValidationError as error:
             raise self._to_problems(error) from None
-        except PydanticSerializationError as error:
-            raise _ProblemsError([("$", _first_line(error))]) from None
+        except Exception as error:  # noqa: BLE001  # a validator may raise anything for a value that it does not expect
+            text = f"cannot be converted ({type(error).__name__})"
+            raise _ProblemsError([("$", text if self.is_sensitive else f"{text}: {_last_part(error)}")]) from None
 
     def _to_problems(self, error: ValidationError) -> _ProblemsError:
-        problems = []
-        for detail in error.errors(include_url=False, include_context=False):
-            text = detail["msg"].removeprefix("Input ")
-            given = type(detail["input"]).__qualname__ if self.is_sensitive else _shown(detail["input"])
-            path = to_path(detail["loc"], self._schema.field_names if self._schema and self.is_sensitive else None)
-            problems.append((path, text if detail["type"] == "subclass" else f"{text}, not {given}"))
-        return _ProblemsError(problems)
+        names = self._schema.field_names if self._schema and self.is_sensitive else None
+        return _ProblemsError(
+            [
+                (to_path(detail["loc"], names), self._to_text(detail))
+                for detail in error.errors(include_url=False, include_context=False)
+            ],
+        )
+
+    def _to_text(self, detail: ErrorDetails) -> str:
+        if detail["type"] == "missing":
+            return "is missing"
+        if detail["type"] == "extra_forbidden":
+            return "is no field"
+        if self.is_sensitive:  # pydantic's texts quote from the value
+            return f"should be another value ({detail['type']}), not {type(detail['input']).__qualname__}"
+        return f"{detail['msg'].removeprefix('Input ')}, not {_shown(detail['input'])}"
 
 
 class TaskCodec:
@@ -329,5 +357,6 @@ def _shorten(text: str) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].rpartition("ValueError: ")[2]
+def _last_part(error: Exception) -> str:
+    """Give the sentence of an error without that of pydantic about the function that raised it."""
+    return str(error).partition("\n")[0].rpartition("Error: ")[2]

@@ -5,13 +5,13 @@ for text, a subclass loses its fields, members of a union change places. Knows n
 """
 
 import re
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
 from pydantic import GetCoreSchemaHandler, Secret, SecretStr, TypeAdapter
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
-from pydantic_core import CoreConfig, CoreSchema, PydanticCustomError, SchemaError, SchemaSerializer, SchemaValidator
+from pydantic_core import CoreConfig, CoreSchema, SchemaError, SchemaSerializer, SchemaValidator
 
 __all__ = ["Sensitive", "WireSchema", "WireSchemaError", "to_path"]
 
@@ -89,8 +89,6 @@ class WireSchema:
     """Whether it says no more than that there is some JSON."""
     field_names: frozenset[str]
     """Names of the fields of all classes in it."""
-    has_similar_records: bool
-    """Whether there is a union with several classes of objects, of which a wrong one may fit."""
 
     @classmethod
     def of(cls, annotation: Any) -> "WireSchema":
@@ -112,7 +110,6 @@ class WireSchema:
                 is_sensitive=preparation.is_sensitive,
                 is_plain=is_plain,
                 field_names=frozenset(preparation.field_names),
-                has_similar_records=preparation.has_similar_records,
             )
         except PydanticSchemaGenerationError:
             raise WireSchemaError(_REFUSED["is-instance"]) from None
@@ -139,7 +136,6 @@ class _Preparation:
     types: set[str] = field(default_factory=set)
     field_names: set[str] = field(default_factory=set)
     is_sensitive: bool = False
-    has_similar_records: bool = False
     _unions: list[dict[str, Any]] = field(default_factory=list)
     _keys: list[dict[str, Any]] = field(default_factory=list)
     _by_ref: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -213,8 +209,7 @@ class _Preparation:
         kinds = [member["type"] for member in members]
         if len(members) == 1 or (set(kinds) in _TOLD_APART and len(kinds) == len(set(kinds))):
             return
-        if set(kinds) <= _RECORDS:
-            self.has_similar_records = True
+        if set(kinds) <= _RECORDS:  # most have fields of their own; of those that have not, a value is refused
             return
         names = " and ".join(sorted(map(_to_name, members)))
         reason = f"{names} are both a JSON {form}, so that a value of the one may come back as the other"
@@ -231,30 +226,8 @@ def _keep(schema: dict[str, Any]) -> dict[str, Any]:
     if kind == "dict" and schema.get("keys_schema", _ANY)["type"] == "any":
         return {**schema, "keys_schema": {"type": "str", "strict": True}}
     if kind in _RECORDS:
-        schema = {**schema, "config": {**_CONFIG, **schema.get("config", {})}}
-    return schema if kind not in {"model", "dataclass"} else _then(schema, _ExactType(schema["cls"]))
-
-
-def _then(schema: dict[str, Any], function: Callable[[Any], Any]) -> dict[str, Any]:
-    """Have a value checked after its validation. The schema's name moves to the outside, for those who refer to it."""
-    inner = {name: part for name, part in schema.items() if name != "ref"}
-    outer = {"type": "function-after", "function": {"type": "no-info", "function": function}, "schema": inner}
-    return outer | ({"ref": schema["ref"]} if "ref" in schema else {})
-
-
-@dataclass(frozen=True, slots=True)
-class _ExactType:
-    """Refuses an instance of a subclass, of which the worker would make one of the base."""
-
-    type_: type
-
-    def __call__(self, value: Any) -> Any:
-        if type(value) is self.type_:
-            return value
-        expected, given = self.type_.__qualname__, type(value).__qualname__
-        kind = "subclass"
-        message = "Input should be exactly {expected}: {given} is a subclass of it, and would arrive as {expected}"
-        raise PydanticCustomError(kind, message, {"expected": expected, "given": given})
+        return {**schema, "config": {**_CONFIG, **schema.get("config", {})}}
+    return schema
 
 
 def _check_json(value: Any) -> Any:
