@@ -121,13 +121,20 @@ def test_a_report_does_not_undo_an_end(celery: Celery, state: str) -> None:
 
 
 def test_a_message_that_is_run_again_reports_again(celery: Celery) -> None:
-    """The failure that an earlier run of the same message has stored is no end of this one."""
+    """The end and the last report that an earlier run of the same message has stored are not those of this one."""
     id_ = str(uuid4())
+    earlier = begin(celery, id=id_)
+    earlier.report(1)
+    earlier.end()
     celery.backend.store_result(id_, ValueError("of the earlier run"), "FAILURE")
     run = begin(celery, id=id_)
-    run.report(1)
+    run.report(2)
     wait_until(lambda: handle(celery, run).state is TaskState.PROGRESS)
-    assert handle(celery, run).progress() == Progress(1)
+    assert handle(celery, run).progress() == Progress(2)
+    run.report(3)
+    run.end()
+    celery.backend.mark_as_done(id_, None)
+    assert handle(celery, run).progress() == Progress(3)
 
 
 def test_a_watch_ends_with_the_task(celery: Celery) -> None:

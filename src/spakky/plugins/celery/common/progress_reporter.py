@@ -97,10 +97,11 @@ class ProgressReporter:
             backend.store_result(self._request.id, progress.to_meta(), PROGRESS_STATE, request=self._request)
 
     def _store_last(self, backend: Any, progress: Progress) -> None:
-        """Store it as a result: of rpc:// messages a client keeps the results alone within bounds."""
         id_ = to_last_progress_id(self._request.id)
         request = Context(id=id_, correlation_id=id_, reply_to=self._request.reply_to, children=[])
-        backend.store_result(id_, progress.to_meta(), states.SUCCESS, request=request)
+        # Of rpc:// messages a client keeps results alone within bounds; elsewhere nothing replaces a stored result.
+        state = states.SUCCESS if isinstance(backend, RPCBackend) else PROGRESS_STATE
+        backend.store_result(id_, progress.to_meta(), state, request=request)
 
     def _is_over(self, backend: Any) -> bool:
         """Tell whether somebody else has ended the task during this run: a revocation, or a hard time limit.
