@@ -26,6 +26,7 @@ SENDING = {
     "configured_task",
     "dispatch",
     "keyword_guard",
+    "outlet",
     "producer_connections",
     "publisher",
 }
@@ -73,6 +74,17 @@ VALUES = {
 BOTH_ENDS = {"auth", "sealed_amqp"}
 TRANSPORTS = {"transport", "transport.redis"}
 COMPOSITION = {"", "cli", "main"}
+TESTING = {
+    "testing",
+    "testing.capture",
+    "testing.diversion",
+    "testing.fixtures",
+    "testing.inline",
+    "testing.inline_transport",
+    "testing.memory_results",
+    "testing.memory_transport",
+    "testing.worker",
+}
 
 MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(VALUES, VALUES),
@@ -86,6 +98,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "": set(),
     "main": VALUES | BOTH_ENDS | SENDING | RUNNING,
     "cli": VALUES | BOTH_ENDS | SENDING | RUNNING | WORKER_LIFE,
+    **dict.fromkeys(TESTING, VALUES | BOTH_ENDS | SENDING | RUNNING | WORKER_LIFE | TESTING),
 }
 """For each module, the modules of this package that it may import."""
 
@@ -153,7 +166,8 @@ def run_python(program: str) -> str:
 
 def test_every_module_has_a_side() -> None:
     """A new module says on which side it is, or the rules below would not hold for it."""
-    assert sorted(FILES) == sorted(SENDING | RUNNING | WORKER_LIFE | VALUES | BOTH_ENDS | TRANSPORTS | COMPOSITION)
+    sides = SENDING | RUNNING | WORKER_LIFE | VALUES | BOTH_ENDS | TRANSPORTS | COMPOSITION | TESTING
+    assert sorted(FILES) == sorted(sides)
     assert sorted(MAY_IMPORT) == sorted(FILES)
 
 
@@ -180,9 +194,14 @@ def test_a_process_that_only_dispatches_loads_no_worker() -> None:
         run_python("import json, sys, spakky.plugins.celery.main; print(json.dumps(sorted(sys.modules)))"),
     )
     assert f"{PACKAGE}.dispatch" in loaded
-    assert [
-        found for found in loaded if is_below(found, (f"{PACKAGE}.worker", f"{PACKAGE}.cli", "celery.worker"))
-    ] == []
+    unwanted = (f"{PACKAGE}.worker", f"{PACKAGE}.cli", f"{PACKAGE}.testing", "celery.worker")
+    assert [found for found in loaded if is_below(found, unwanted)] == []
+
+
+def test_the_testing_kit_needs_no_pytest() -> None:
+    """pytest is no run-time dependency: the fixtures alone import it."""
+    program = "import sys, spakky.plugins.celery.testing; print('pytest' in sys.modules)"
+    assert run_python(program).strip() == "False"
 
 
 def test_the_package_alone_loads_no_celery() -> None:

@@ -122,6 +122,13 @@ FACTS: dict[str, dict[str, Any]] = {
     },
     "RemoteTaskError": {"type_name": "shop.payments.DeclinedError", "text": "card 4 of 4"},
     "NoCurrentRunError": {},
+    "EagerTasksRefusedError": {},
+    "NoResultInTestError": {
+        "task_id": "9d9f8a8e-0c9e-4f7e-8f9b-0a3a5a3b1c11",
+        "reason": "capture_tasks() recorded it, and nothing runs it",
+        "instead": "Look at what was captured, or test results with run_inline().",
+    },
+    "ApplicationNotStartedError": {"function": "run_inline"},
     "UnsupportedWorkerOptionError": {
         "option": "worker_max_tasks_per_child",
         "value": "100",
@@ -149,6 +156,8 @@ HOST_BASES: dict[str, tuple[type[BaseException], ...]] = {
     "TaskResultUnavailableError": (NotImplementedError,),
     "TaskResultWaitInRunError": (RuntimeError,),
     "NoCurrentRunError": (RuntimeError,),
+    "NoResultInTestError": (errors.TaskResultUnavailableError, NotImplementedError),
+    "ApplicationNotStartedError": (RuntimeError,),
     "TaskCallerUnauthenticatedError": (AuthContextNotFoundError,),
     "TaskAuthorizationDeniedError": (AuthRequirementDeniedError, AuthorizationError),
 }

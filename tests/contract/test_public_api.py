@@ -164,14 +164,17 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "AbstractTaskDispatchError",
         "AmbiguousCeleryPodError",
         "AmbiguousHandlerPodError",
+        "ApplicationNotStartedError",
         "AuthSnapshotPropagationSignerUnavailableError",
         "DuplicateTaskNameError",
+        "EagerTasksRefusedError",
         "InvalidApplicationTargetError",
         "InvalidCeleryConfigError",
         "InvalidScheduleRouteError",
         "InvalidTaskOptionError",
         "InvalidTimezoneError",
         "NoCurrentRunError",
+        "NoResultInTestError",
         "RemoteTaskError",
         "TaskArgumentsError",
         "TaskAuthorizationDeniedError",
@@ -211,6 +214,8 @@ PUBLIC_NAMES: dict[str, list[str]] = {
     ],
     "post_processor": ["CeleryPostProcessor"],
     "run": ["CURRENT_RUN", "Run", "current_run"],
+    "testing": ["CapturedTask", "CapturedTasks", "capture_tasks", "run_inline", "running_worker"],
+    "testing.fixtures": ["captured_tasks", "inline_tasks", "task_worker"],
 }
 """``__all__`` of every public module: a name that appears or goes is a change of the API, to be made on purpose."""
 

@@ -67,6 +67,7 @@ from spakky.plugins.celery.options import (
     merge_options,
     unknown_queue,
 )
+from spakky.plugins.celery.outlet import ITaskOutlet
 from spakky.plugins.celery.producer_connections import ProducerConnections
 from spakky.plugins.celery.publisher import Publisher, PublishTimeoutError
 
@@ -117,6 +118,8 @@ class TaskSender:
     signer: IAuthContextSnapshotSigner | None = None
     propagation_config: AuthSnapshotPropagationConfig = field(default_factory=AuthSnapshotPropagationConfig)
     propagator: ITracePropagator | None = None
+    outlet: ITaskOutlet | None = None
+    """Takes the messages in place of the broker, while it is set."""
 
     def __post_init__(self) -> None:
         """Make what threads share before there are threads."""
@@ -147,7 +150,7 @@ class TaskSender:
             AuthSnapshotPropagationSignerUnavailableError: If the identity cannot be signed.
         """
         envelope = self._prepare(bound, args, kwargs, options)
-        if self._defer([envelope], options):
+        if self._defer([envelope], options) or self._divert([envelope]):
             return self._to_handle(self._make_result(envelope), envelope)
         try:
             result = self._publisher.call(partial(self._publish, envelope), self._timeout_s)
@@ -164,7 +167,7 @@ class TaskSender:
     ) -> CeleryTaskResult[Any]:
         """Same as ``send``, but the event loop goes on meanwhile."""
         envelope = self._prepare(bound, args, kwargs, options)
-        if self._defer([envelope], options):
+        if self._defer([envelope], options) or await self._divert_async([envelope]):
             return self._to_handle(self._make_result(envelope), envelope)
         try:
             result = await self._publisher.call_async(partial(self._publish, envelope), self._timeout_s)
@@ -210,6 +213,8 @@ class TaskSender:
 
     def send_deferred(self, envelopes: Sequence[_Envelope]) -> None:
         """Send what was prepared before, in order."""
+        if self._divert(envelopes):
+            return
         progress = BatchProgress()
         for batch in batched(envelopes, _BATCH):
             with self._telling_what_was_sent(envelopes, progress):
@@ -217,6 +222,8 @@ class TaskSender:
 
     async def send_deferred_async(self, envelopes: Sequence[_Envelope]) -> None:
         """Same as ``send_deferred``, but the event loop goes on meanwhile."""
+        if await self._divert_async(envelopes):
+            return
         progress = BatchProgress()
         for batch in batched(envelopes, _BATCH):
             with self._telling_what_was_sent(envelopes, progress):
@@ -246,13 +253,13 @@ class TaskSender:
     def to_group_result(self, group_id: str, results: Sequence[AsyncResult]) -> Any:
         """Make Celery's result of a group."""
         # Without a barrier of ours it would subscribe to every result here, on the caller's thread.
-        return self.celery.GroupResult(group_id, list(results), ready_barrier=barrier())
+        return self._results.GroupResult(group_id, list(results), ready_barrier=barrier())
 
     def with_chord(self, message: _Envelope, group: Any, body: dict[str, Any]) -> _Envelope:
         """Have the result back end told what to gather, just before a message is sent."""
 
         def tell() -> None:
-            backend: Any = self.celery.backend
+            backend: Any = self._results.backend
             try:
                 # Lazy results: from a list Redis' back end would make a group again, and subscribe to every result.
                 backend.apply_chord((group.id, regen(iter(group.results))), body)
@@ -266,7 +273,7 @@ class TaskSender:
     def check_chord(self, body: Leaf, header: Sequence[Leaf]) -> None:
         """Raise TaskCompositionError if the results of these calls cannot be gathered."""
         try:
-            self.celery.backend.ensure_chords_allowed()
+            self._results.backend.ensure_chords_allowed()
         except NotImplementedError:
             reason = "no result back end gathers the results of its chord"
             instead = "Set SPAKKY_CELERY__RESULT_BACKEND, to another one than rpc://."
@@ -378,6 +385,31 @@ class TaskSender:
         transaction.pending += [Deferred(self, envelope) for envelope in envelopes]
         return True
 
+    def publish_to(self, celery: Celery, envelope: _Envelope) -> None:
+        """Send one message through another Celery app, for an outlet; blocking, and without a timeout."""
+        with self._translating(envelope):
+            for step in envelope.before:
+                step()
+            self._send_task(celery, envelope, envelope.options)
+
+    def _divert(self, envelopes: Sequence[_Envelope]) -> bool:
+        """Let the outlet take messages, if there is one."""
+        if self.outlet is None:
+            return False
+        self.outlet.take(self, envelopes)
+        return True
+
+    async def _divert_async(self, envelopes: Sequence[_Envelope]) -> bool:
+        if self.outlet is None:
+            return False
+        await self.outlet.take_async(self, envelopes)
+        return True
+
+    @property
+    def _results(self) -> Celery:
+        """The app whose result back end has the results."""
+        return self.celery if self.outlet is None else self.outlet.celery
+
     def _renew(self, envelopes: Iterable[_Envelope]) -> list[_Envelope]:
         """Begin the publish timeout anew: what waited for a commit, or for others of a batch, has its own time."""
         deadline = time.monotonic() + self._timeout_s
@@ -461,11 +493,12 @@ class TaskSender:
     def _to_handle(self, result: AsyncResult, envelope: _Envelope) -> CeleryTaskResult[Any]:
         """Wrap a result, to be waited for over the connections of the caller's thread: Celery has some per thread."""
         if isinstance(result, AsyncResult):
-            result.backend = self.celery.backend
-        return CeleryTaskResult.typed(result, codec_of(envelope.method).decode_result)
+            result.backend = self._results.backend
+        handle = CeleryTaskResult if self.outlet is None else self.outlet.handle
+        return handle.typed(result, codec_of(envelope.method).decode_result)
 
     def _make_result(self, envelope: _Envelope) -> AsyncResult:
-        result = self.celery.AsyncResult(envelope.task_id)
+        result = self._results.AsyncResult(envelope.task_id)
         result.ignored = _is_ignored(envelope.ignore_result, self.celery)
         return result
 
@@ -513,22 +546,24 @@ class TaskSender:
             step()
         if time.monotonic() > envelope.deadline:
             raise self._to_timeout_error(envelope)
+        result = self._send_task(self.celery, envelope, options | {"producer": producer})
+        result.ignored = _is_ignored(envelope.ignore_result, self.celery)
+        return result
+
+    def _send_task(self, celery: Celery, envelope: _Envelope, options: Mapping[str, Any]) -> AsyncResult:
         # Celery subscribes to the result before it publishes, so a result back end that is down fails every publish,
         # after 19 s, even if nobody reads results. With ignore_result it does not, and the header takes it back for
         # the worker. A waiting result subscribes by itself; only the reply queue of rpc:// must be there before.
-        result = self.celery.send_task(
+        return celery.send_task(
             envelope.method.name,
             args=envelope.args,
             kwargs=envelope.kwargs,
             headers={**envelope.headers, "ignore_result": envelope.ignore_result},
             ignore_result=True,
             task_id=envelope.task_id,
-            producer=producer,
             add_to_parent=False,
             **options,
         )
-        result.ignored = _is_ignored(envelope.ignore_result, self.celery)
-        return result
 
     def _check_header_size(self, producer: Producer, envelope: _Envelope) -> None:
         """Refuse headers over the frame limit: the broker drops such a message and closes the connection."""

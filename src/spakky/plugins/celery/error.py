@@ -12,6 +12,7 @@ The tree::
     +-- AmbiguousCeleryPodError             two Celery Pods, neither marked
     +-- AmbiguousHandlerPodError            several Pods of one handler, none named
     +-- InvalidApplicationTargetError       what the command line names is no application
+    +-- EagerTasksRefusedError              task_always_eager is on
     +-- AbstractTaskDispatchError           no result to wait for
     |   +-- TaskNotRegisteredError          a name that no worker would know
     |   +-- TaskArgumentsError              arguments that do not fit the method
@@ -28,11 +29,13 @@ The tree::
     +-- TaskResultMismatchError             a return value that is not what its annotation says
     +-- TaskResultTimeoutError              a result that did not come in time
     +-- TaskResultUnavailableError          a result that nobody stores
+    |   +-- NoResultInTestError             a result that a test has no run for
     +-- TaskResultWaitInRunError            get() inside a run
     +-- UntrustedResultError                a stored result that is refused
     +-- RemoteTaskError                     stands for a worker's exception that could not travel
     +-- NoCurrentRunError                   current_run() outside a run
     +-- TaskBodyCancelledError              a CancelledError that nobody asked for
+    +-- ApplicationNotStartedError          a test of an application that is not started
     +-- UnsupportedWorkerOptionError        what a pool cannot keep
 
 Every constructor is positional and ``args`` are its arguments, because Celery rebuilds an exception from a result back
@@ -52,14 +55,17 @@ __all__ = [
     "AbstractTaskDispatchError",
     "AmbiguousCeleryPodError",
     "AmbiguousHandlerPodError",
+    "ApplicationNotStartedError",
     "AuthSnapshotPropagationSignerUnavailableError",
     "DuplicateTaskNameError",
+    "EagerTasksRefusedError",
     "InvalidApplicationTargetError",
     "InvalidCeleryConfigError",
     "InvalidScheduleRouteError",
     "InvalidTaskOptionError",
     "InvalidTimezoneError",
     "NoCurrentRunError",
+    "NoResultInTestError",
     "RemoteTaskError",
     "TaskArgumentsError",
     "TaskAuthorizationDeniedError",
@@ -338,6 +344,17 @@ class InvalidApplicationTargetError(AbstractSpakkyCeleryError):
 
     target: str
     reason: str
+
+
+class EagerTasksRefusedError(AbstractSpakkyCeleryError):
+    """Raised at start-up when Celery's ``task_always_eager`` is on: a dispatch would go to the broker all the same."""
+
+    message = "task_always_eager is on"
+    problem = "Celery's task_always_eager is on, and a dispatch by name, as those of this plugin are, ignores it."
+    remedy = "Leave it out, and run tests inside of run_inline(app), from spakky.plugins.celery.testing."
+
+    def __init__(self) -> None:
+        self._keep()
 
 
 class AbstractTaskDispatchError(AbstractSpakkyCeleryError, ABC):
@@ -711,6 +728,25 @@ class TaskResultUnavailableError(AbstractSpakkyCeleryError, NotImplementedError)
     reason: str
 
 
+class NoResultInTestError(TaskResultUnavailableError):
+    """Raised by a result handle, inside of the testing kit, whose task has no run that a result could come from.
+
+    Args:
+        task_id: Id of the task.
+        reason: Why it has none.
+        instead: What to do in place of asking for the result.
+    """
+
+    message = "No result in this test"
+    problem = "Task {task_id} has no result: {reason}."
+    remedy = "{instead}"
+
+    def __init__(self, task_id: str = "", reason: str = "", instead: str = "") -> None:
+        self._keep(task_id=task_id, reason=reason, instead=instead)
+
+    instead: str
+
+
 class TaskResultWaitInRunError(AbstractSpakkyCeleryError, RuntimeError):
     """Raised by ``get`` inside a run: runs that wait for each other's places in a worker never end.
 
@@ -777,6 +813,23 @@ class NoCurrentRunError(AbstractSpakkyCeleryError, RuntimeError):
 
     def __init__(self) -> None:
         self._keep()
+
+
+class ApplicationNotStartedError(AbstractSpakkyCeleryError, RuntimeError):
+    """Raised by the testing kit for an application that is not started: it has no handlers to run anything on.
+
+    Args:
+        function: Name of the function that got it.
+    """
+
+    message = "Application is not started"
+    problem = "{function}() was given an application that is not started."
+    remedy = "Call app.start() before, and app.stop() after the test."
+
+    def __init__(self, function: str = "") -> None:
+        self._keep(function=function)
+
+    function: str
 
 
 class UnsupportedWorkerOptionError(AbstractSpakkyCeleryError):

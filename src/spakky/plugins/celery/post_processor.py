@@ -43,6 +43,7 @@ from spakky.plugins.celery.common.task_method import TaskMethod, to_own_class, t
 from spakky.plugins.celery.error import (
     AmbiguousCeleryPodError,
     DuplicateTaskNameError,
+    EagerTasksRefusedError,
     InvalidScheduleRouteError,
 )
 from spakky.plugins.celery.execution import TaskExecution, release_traceback
@@ -150,9 +151,12 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
 
         Raises:
             AmbiguousCeleryPodError: If there are several Celery Pods of the application's own.
+            EagerTasksRefusedError: If Celery is told to run tasks where they are dispatched.
             InvalidScheduleRouteError: If a schedule cannot be kept.
             DuplicateTaskNameError: If the Celery app has a task of another origin with the name of one of ours.
         """
+        if self._resolve_celery().conf.task_always_eager:
+            raise EagerTasksRefusedError
         for handler in self._catalog.handlers():
             self._register(handler)
         self._connect_signals()
@@ -187,6 +191,12 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
         self._fill_catalog()
         self.start()
         return self._resolve_celery()
+
+    def register_tasks(self, celery: Celery) -> None:
+        """Register this application's tasks with one more Celery app, whose workers run them in this application."""
+        for method in self._catalog:
+            for name in (method.name, *method.aliases):
+                self._register_task(celery, method, name)
 
     def _prefer_users_celery(self) -> None:
         """Let a Celery Pod that was added after the plugin win over the plugin's own, which is then never built."""

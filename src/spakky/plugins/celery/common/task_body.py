@@ -14,7 +14,7 @@ from spakky.plugins.celery.common.run_key import RUN_KEY, current_key
 from spakky.plugins.celery.error import TaskBodyCancelledError
 from spakky.plugins.celery.run import CURRENT_RUN
 
-__all__ = ["CURRENT_BODY", "SUSPEND", "TaskBody", "install_task_factory", "run_awaitable"]
+__all__ = ["CURRENT_BODY", "SUSPEND", "TaskBody", "install_task_factory", "run_awaitable", "run_here"]
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ def run_awaitable(
         suspend(body)
     elif loop is None:
         with asyncio.Runner() as runner:
-            runner.run(_run_here(body))
+            runner.run(run_here(body))
     else:
         _block(body, loop)
     return body.outcome()
@@ -230,7 +230,8 @@ def _block(body: TaskBody, loop: asyncio.AbstractEventLoop) -> None:
             loop.call_soon_threadsafe(body.interrupt, error)
 
 
-async def _run_here(body: TaskBody) -> None:
+async def run_here(body: TaskBody) -> None:
+    """Run a body to its end on this loop, on which nothing else need run."""
     loop = asyncio.get_running_loop()
     install_task_factory(loop)
     ended = asyncio.Event()

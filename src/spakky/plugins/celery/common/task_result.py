@@ -136,8 +136,7 @@ class CeleryTaskResult(ITaskResult[T]):
             RuntimeWarning: If it blocks a running event loop.
         """
         self._check_stored()
-        if task_join_will_block():
-            raise TaskResultWaitInRunError(self.task_id)
+        self._check_may_block()
         if _is_loop_running():
             warnings.warn(_BLOCKED_LOOP.format(self.task_id), RuntimeWarning, stacklevel=2)
         deadline = _Deadline(self.task_id, timeout)
@@ -282,6 +281,10 @@ class CeleryTaskResult(ITaskResult[T]):
             raise TaskResultUnavailableError(self.task_id, "no result back end is configured")
         if self._result.ignored:
             raise TaskResultUnavailableError(self.task_id, "it is ignored, as the task or the call says")
+
+    def _check_may_block(self) -> None:
+        if task_join_will_block():
+            raise TaskResultWaitInRunError(self.task_id)
 
     def _look(self) -> tuple[bool, Progress | None]:
         """See whether the task has ended, and what it reported last."""
