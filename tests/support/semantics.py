@@ -31,6 +31,7 @@ def run_bench(
     form: str = "async",
     *options: str,
     concurrency: int = CONCURRENCY,
+    **environment: str,
 ) -> AbstractContextManager[Bench]:
     """Run a worker on a broker of a kind, with results in Redis, and its plain tasks written in a form."""
     require_server(REDIS_URL, "SPAKKY_TEST_REDIS_URL", 6379)
@@ -44,6 +45,7 @@ def run_bench(
         concurrency=concurrency,
         SEMANTICS_FORM=form,
         SPAKKY_CELERY__RESULT_BACKEND=REDIS_URL,
+        **environment,
     )
 
 

@@ -339,19 +339,25 @@ class Bodies:
 
     @task
     async def leave_behind(self) -> None:
-        asyncio.create_task(asyncio.sleep(3600), name="left-behind")  # noqa: RUF006  # it is left on purpose
+        asyncio.create_task(self._wait_for_ever(), name="left-behind")  # noqa: RUF006  # it is left on purpose
         await asyncio.sleep(0.01)
+
+    async def _wait_for_ever(self) -> None:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            record("left behind and ended")
 
     @task
     async def block(self) -> None:
         time.sleep(1.5)  # noqa: ASYNC251  # it blocks on purpose
 
     @task
-    async def count_together(self) -> int:
+    async def count_together(self, seconds: float = 0.05) -> int:
         """Tell how many of these have run at once so far."""
         self._running += 1
         self._most = max(self._most, self._running)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(seconds)
         self._running -= 1
         return self._most
 
