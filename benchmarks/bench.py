@@ -40,7 +40,7 @@ TIMEOUT_S = 120
 BEGIN, END = "<!-- make bench: begin -->", "<!-- make bench: end -->"
 TITLES = {"redis": "Redis", "amqp": "RabbitMQ"}
 
-CELERY_WORKER = ["worker", "--loglevel", "WARNING", "--without-mingle", "--without-gossip"]
+CELERY_WORKER = ["worker", "--loglevel", "WARNING", "--without-mingle", "--without-gossip", "--hostname", "bench@%h"]
 
 
 @dataclass(frozen=True)
