@@ -17,6 +17,7 @@ from spakky.task import TaskHandler, task
 
 from spakky.plugins.celery.dispatch import TaskDispatcher
 from spakky.plugins.celery.error import TaskArgumentsError, TaskDispatchFailedError, TaskDispatchTimeoutError
+from spakky.plugins.celery.testing import capture_tasks, run_inline
 from support.fixtures import celery_of
 from support.messages import taken_from
 from support.probe import build
@@ -184,6 +185,25 @@ def test_nothing_is_sent_when_it_rolls_back(app: SpakkyApplication, orders: Orde
     assert database(app, mode).steps == ["initialize", "rollback", "dispose"]
     place(orders, mode, "Bob")
     assert sent(app) == ["Bob"]
+
+
+@MODES
+def test_the_testing_kit_waits_for_the_commit_too(app: SpakkyApplication, orders: Orders, mode: str) -> None:
+    """What a test captures, or runs inline, is captured and run when the transaction has committed, or never."""
+    with capture_tasks(app) as captured, pytest.raises(LookupError):
+        place(orders, mode, "Ada", fail=True)
+    assert list(captured) == []
+    with capture_tasks(app) as captured:
+        place(orders, mode, "Ada", "Bob")
+    assert [task.args for task in captured] == [("Ada",), ("Bob",)]
+    states: list[str] = []
+    with run_inline(app):
+        results = place(orders, mode, "Ada", "Bob")
+        states += [result.state for result in results]
+        with pytest.raises(LookupError):
+            place(orders, mode, "Ada", fail=True)
+    assert states == ["SUCCESS"] * 2
+    assert sent(app) == []
 
 
 @MODES

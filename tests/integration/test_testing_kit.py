@@ -1,6 +1,7 @@
 """The testing kit: what it captures, what it runs inline, what it runs on a worker, and what it leaves alone."""
 
 import asyncio
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ from support.kit_app import SEEN, Kit, Order, RefusedError, create_app
 from support.processes import make_environment
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "testing"
+DOCS = Path(__file__).parents[2] / "docs" / "testing.md"
 ORDER = Order("Ada", Decimal("9.99"))
 KIT = "support.kit_app.Kit"
 TIMEOUT_S = 30
@@ -390,15 +392,34 @@ class TestIdentity:
         assert captured[0].headers[AUTH_CONTEXT_SNAPSHOT_METADATA_KEY] == "**"
 
 
-def test_the_examples_of_the_documentation_pass() -> None:
-    """A test file for handlers of one's own, as the documentation says to write it, passes without a broker."""
+def run_tests(folder: Path, *, passing: int) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", "."]
     environment = make_environment({})
     done = subprocess.run(
-        command, cwd=EXAMPLES, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stdout
-    assert "6 passed" in done.stdout
+    assert f"{passing} passed" in done.stdout
+
+
+def test_the_example_passes() -> None:
+    """Tests of handlers of one's own pass without a broker."""
+    run_tests(EXAMPLES, passing=6)
+
+
+def test_what_the_documentation_shows_passes(tmp_path: Path) -> None:
+    """The code of docs/testing.md, as it stands there: a conftest.py, and a test in each section."""
+    conftest, *tests = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.DOTALL | re.MULTILINE)
+    names = (
+        "from decimal import Decimal\n"
+        "from spakky.plugins.celery.dispatch import TaskDispatcher\n"
+        "from shop import Bank, Billing, Mailer, Order, Receipt, Shop\n"
+        'ORDER = Order("Ada", Decimal("9.99"))\n'
+    )
+    (tmp_path / "shop.py").write_text((EXAMPLES / "shop.py").read_text())
+    (tmp_path / "conftest.py").write_text(conftest)
+    (tmp_path / "test_shown.py").write_text(names + "".join(tests))
+    run_tests(tmp_path, passing=len(tests))
 
 
 def test_captured_tasks_are_a_sequence() -> None:

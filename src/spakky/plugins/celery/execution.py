@@ -127,7 +127,7 @@ class TaskExecution:
         """Prepare the context. A provider that fails here is asked again later: the body has not begun."""
         self._application_context.clear_context()
         self._application_context.set_context_value(CELERY_TASK_CONTEXT_KEY, True)  # noqa: FBT003  # the host's signature
-        CURRENT_RUN.set(Run.of_task(task, method.name))
+        CURRENT_RUN.set(Run(task, method.name))
         headers = task.request.headers or {}
         self._enter_trace(headers)
         try:

@@ -1,9 +1,9 @@
 """Owns what a task's body can know and say of its own run; begins and ends none."""
 
+import threading
+import time
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from typing import Self
+from datetime import UTC, datetime
 
 from celery import Task
 
@@ -17,33 +17,52 @@ CURRENT_RUN: ContextVar["Run | None"] = ContextVar("CURRENT_RUN", default=None)
 """The run that this code is part of; inherited by the asyncio tasks and threads that a body starts."""
 
 
-@dataclass(frozen=True, slots=True)
+_CHANGES = threading.Lock()
+"""Guards the end of every run against a first report from another thread; held for a moment, and rarely."""
+
+
 class Run:
-    """One execution of one task in a worker."""
+    """One execution of one task in a worker. What nobody asks of it costs nothing."""
 
-    task_id: str
-    """Id of the task, as its result handle has it; the same in each retry."""
-    name: str
-    """Name of the task."""
-    retries: int
-    """How often it was retried before. From Celery 5.7 a prefork child that was lost counts as a retry."""
-    is_redelivered: bool
-    """Whether the broker delivered the message before, to a worker that was lost and may have begun."""
-    deadline: datetime | None
-    """When the nearer of its time limits is reached, which not every pool can keep; None: it has none."""
-    _reporter: ProgressReporter = field(repr=False, compare=False)
+    def __init__(self, task: Task, name: str) -> None:
+        """Describe the run that a Celery task's ``request`` is about; the worker calls this as the run begins.
 
-    @classmethod
-    def of_task(cls, task: Task, name: str) -> Self:
-        """Describe the run that a Celery task's ``request`` is about."""
-        request = task.request
-        redelivered = bool((request.delivery_info or {}).get("redelivered"))
-        return cls(request.id, name, request.retries, redelivered, _to_deadline(task), ProgressReporter(task))
+        Args:
+            task: The Celery task.
+            name: Name of the task.
+        """
+        self.name = name
+        """Name of the task."""
+        self.has_ended = False
+        """Whether the run is over, for whatever of it is left."""
+        self._task = task
+        self._request = task.request
+        self._began_s = time.time()
+        self._is_muted = False
+        self._reporter: ProgressReporter | None = None
 
     @property
-    def has_ended(self) -> bool:
-        """Whether the run is over, for whatever of it is left."""
-        return self._reporter.has_ended
+    def task_id(self) -> str:
+        """Id of the task, as its result handle has it; the same in each retry."""
+        return str(self._request.id)
+
+    @property
+    def retries(self) -> int:
+        """How often it was retried before. From Celery 5.7 a prefork child that was lost counts as a retry."""
+        return int(self._request.retries)
+
+    @property
+    def is_redelivered(self) -> bool:
+        """Whether the broker delivered the message before, to a worker that was lost and may have begun."""
+        return bool((self._request.delivery_info or {}).get("redelivered"))
+
+    @property
+    def deadline(self) -> datetime | None:
+        """When the nearer of its time limits is reached, which not every pool can keep; None: it has none."""
+        hard, soft = self._request.timelimit or (None, None)
+        # The task's own are the worker's where it has none.
+        limits = [limit for limit in (hard or self._task.time_limit, soft or self._task.soft_time_limit) if limit]
+        return datetime.fromtimestamp(self._began_s + min(limits), UTC) if limits else None
 
     def report(self, done: float, total: float | None = None, message: str = "") -> None:
         """Say how far the run has come; ``progress()`` of its result handles tells it.
@@ -59,22 +78,27 @@ class Run:
             total: How much there is to do; None: unknown.
             message: What goes on, for people.
         """
+        with _CHANGES:
+            if self.has_ended or self._is_muted:
+                return
+            if self._reporter is None:
+                began = datetime.fromtimestamp(self._began_s, UTC)
+                self._reporter = ProgressReporter(self._task, self._request, began)
         self._reporter.report(Progress(done, total, message))
 
     def mute(self) -> None:
-        """Drop later reports, of a body that was terminated and still cleans up."""
-        self._reporter.mute()
+        """Drop later reports, of a body that was terminated and still cleans up; what waits is dropped too."""
+        with _CHANGES:
+            self._is_muted = True
+        if self._reporter is not None:
+            self._reporter.drop()
 
     def end(self) -> None:
         """Publish the last report, and drop those that come later; called when the body has ended."""
-        self._reporter.close()
-
-
-def _to_deadline(task: Task) -> datetime | None:
-    """Take the limits of the message, else those of the task, which are the worker's where it has none of its own."""
-    hard, soft = task.request.timelimit or (None, None)
-    limits = [limit for limit in (hard or task.time_limit, soft or task.soft_time_limit) if limit]
-    return datetime.now(UTC) + timedelta(seconds=min(limits)) if limits else None
+        with _CHANGES:
+            self.has_ended = True
+        if self._reporter is not None:
+            self._reporter.close()
 
 
 def current_run() -> Run:

@@ -4,7 +4,7 @@ import heapq
 import os
 import threading
 import time
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import count
 from logging import getLogger
 from typing import Any, Final
@@ -27,28 +27,29 @@ REPORT_INTERVAL_S: Final = 0.5
 class ProgressReporter:
     """Publishes what one run reports, from any thread of it."""
 
-    def __init__(self, task: Task) -> None:
-        """Keep what Celery has here of the run, and publish nothing.
+    def __init__(self, task: Task, request: Context, began: datetime) -> None:
+        """Keep what Celery has of the run, and publish nothing.
 
         Args:
-            task: The Celery task, whose ``request`` is that of the run.
+            task: The Celery task.
+            request: The task's ``request`` in the run.
+            began: When the run began.
         """
         self._task = task
-        self._request = task.request
-        self._began = datetime.now(UTC)
+        self._request = request
+        self._began = began
         self._state = threading.Lock()
         self._publishing = threading.Lock()
         self._pending: Progress | None = None
         self._last: Progress | None = None
-        self.has_ended = False
-        self._is_muted = False
+        self._is_closed = False
         self.due = 0.0
         """Monotonic time before which nothing more is published."""
 
     def report(self, progress: Progress) -> None:
         """Have a report published soon, unless a later one replaces it before. Returns at once."""
         with self._state:
-            if self.has_ended or self._is_muted:
+            if self._is_closed:
                 return
             is_waiting = self._pending is not None
             self._pending = self._last = progress
@@ -64,16 +65,16 @@ class ProgressReporter:
                 self.due = time.monotonic() + REPORT_INTERVAL_S
                 self._attempt(self._store_state, progress)
 
-    def mute(self) -> None:
-        """Drop what is reported from here on: the task is about to be stored as ended, and its body still cleans up."""
+    def drop(self) -> None:
+        """Drop what waits: the task is about to be stored as ended by somebody else."""
         with self._state:
-            self._is_muted = True
+            self._is_closed = True
             self._pending = None
 
     def close(self) -> None:
         """Publish what is left, before Celery stores how the run ended; what is reported later is dropped."""
         with self._state:
-            self.has_ended = True
+            self._is_closed = True
             pending, self._pending = self._pending, None
         if self._last is None:
             return
@@ -97,7 +98,7 @@ class ProgressReporter:
             backend.store_result(self._request.id, progress.to_meta(), PROGRESS_STATE, request=self._request)
 
     def _store_last(self, backend: Any, progress: Progress) -> None:
-        id_ = to_last_progress_id(self._request.id)
+        id_ = to_last_progress_id(str(self._request.id))
         request = Context(id=id_, correlation_id=id_, reply_to=self._request.reply_to, children=[])
         # Of rpc:// messages a client keeps results alone within bounds; elsewhere nothing replaces a stored result.
         state = states.SUCCESS if isinstance(backend, RPCBackend) else PROGRESS_STATE

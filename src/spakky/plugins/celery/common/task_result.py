@@ -150,7 +150,7 @@ class CeleryTaskResult(ITaskResult[T]):
             if not self._result.ready():
                 raise deadline.error() from None
             raise self._to_own_error(error) from None  # the task's own
-        except Exception as error:  # noqa: BLE001  # it is raised, made the caller's
+        except BaseException as error:  # noqa: BLE001  # it is raised, made the caller's
             raise self._to_own_error(error) from None
         return self._to_value(value)
 
@@ -173,7 +173,7 @@ class CeleryTaskResult(ITaskResult[T]):
         try:
             # The result is here, so that nothing blocks, and nothing can wait for another run.
             value = self._result.get(disable_sync_subtasks=False)
-        except Exception as error:  # noqa: BLE001  # it is raised, made the caller's
+        except BaseException as error:  # noqa: BLE001  # it is raised, made the caller's
             raise self._to_own_error(error) from None
         return self._to_value(value)
 
@@ -201,7 +201,9 @@ class CeleryTaskResult(ITaskResult[T]):
         """
         if self.state not in {TaskState.FAILURE, TaskState.REVOKED}:
             return None
-        return to_local_error(self._result.result, self._result.traceback)
+        with self._refusing():
+            error = self._result.result
+        return self._to_known_error(error, self._result.traceback)
 
     def revoke(self, terminate: bool = False) -> None:
         """Tell all workers not to run the task. Its state is REVOKED when a worker has come across it.
@@ -315,15 +317,21 @@ class CeleryTaskResult(ITaskResult[T]):
     def _to_value(self, stored: object) -> T:
         return cast("T", stored if self._decode is None else self._decode(stored))
 
-    def _to_own_error(self, error: Exception) -> BaseException:
+    def _to_own_error(self, error: BaseException) -> BaseException:
         """Tell what the task raised from what the asking did."""
         node: Any = self._result
         while node is not None:  # a task of a chain raises what one before it raised
             stored = getattr(node, "_cache", None)
             if stored and stored["result"] is error:
-                return to_local_error(error, stored.get("traceback"))
+                return self._to_known_error(error, stored.get("traceback"))
             node = node.parent
         return self._to_refusal(error) if isinstance(error, celery.exceptions.SecurityError) else error
+
+    def _to_known_error(self, error: BaseException, traceback: str | None) -> BaseException:
+        if isinstance(error, Exception):
+            return to_local_error(error, traceback)
+        name = type(error).__name__
+        return UntrustedResultError(self.task_id, f"{name} would end this process or one of its coroutines")
 
     def _to_refusal(self, error: Exception) -> Exception:
         return UntrustedResultError(self.task_id, str(error).rstrip("."))
