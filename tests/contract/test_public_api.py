@@ -158,7 +158,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
     "common.task_result": ["CeleryTaskResult", "TaskState"],
     "worker.pool": ["AsyncioPool"],
     "configured_task": ["ConfiguredTask"],
-    "dispatch": ["PUBLISH_TIMEOUT_SETTING", "TaskDispatcher", "TaskSender"],
+    "dispatch": ["PREPARED_DISPATCH_SETTING", "PUBLISH_TIMEOUT_SETTING", "TaskDispatcher", "TaskSender"],
     "error": [
         "AbstractSpakkyCeleryError",
         "AbstractTaskDispatchError",

@@ -9,7 +9,7 @@ from datetime import datetime
 from functools import cached_property, partial
 from itertools import batched
 from types import MappingProxyType
-from typing import Any, Final, Unpack, cast, overload, override
+from typing import Any, Final, NamedTuple, Unpack, cast, overload, override
 
 from amqp.serialization import dumps as dumps_amqp
 from celery import Celery
@@ -21,7 +21,6 @@ from kombu.entity import Queue
 from kombu.exceptions import EncodeError, KombuError
 from kombu.messaging import Producer
 from kombu.serialization import dumps
-from kombu.utils.uuid import uuid
 from spakky.auth.ports import IAuthContextSnapshotSigner
 from spakky.auth.startup import AuthSnapshotPropagationConfig, effective_auth_snapshot_propagation_config
 from spakky.core.pod.annotations.pod import Pod
@@ -38,12 +37,13 @@ from spakky.plugins.celery.auth import (
     inject_auth_context_snapshot,
     to_auth_metadata,
 )
-from spakky.plugins.celery.batch import BatchProgress
+from spakky.plugins.celery.batch import Batch, BatchProgress
 from spakky.plugins.celery.canvas import Leaf
 from spakky.plugins.celery.codec import codec_of
 from spakky.plugins.celery.common.celery_options import to_publish_options
 from spakky.plugins.celery.common.constants import HANDLER_POD_HEADER, SERIALIZER_HEADER
 from spakky.plugins.celery.common.forked_client import renew_after_fork
+from spakky.plugins.celery.common.fresh_ids import make_id
 from spakky.plugins.celery.common.previous import PREVIOUS
 from spakky.plugins.celery.common.result_waiter import REDIS_MODULE, is_of
 from spakky.plugins.celery.common.task_catalog import TaskCatalog
@@ -62,32 +62,52 @@ from spakky.plugins.celery.error import (
     TaskMessageTooLargeError,
     TaskNotEncodableError,
 )
+from spakky.plugins.celery.message_templates import MessageTemplates, WireMessage
 from spakky.plugins.celery.options import (
     CallOptions,
     merge_options,
     unknown_queue,
 )
+from spakky.plugins.celery.outbox import Outbox
 from spakky.plugins.celery.outlet import ITaskOutlet
+from spakky.plugins.celery.prepared_dispatch import PreparedDispatch
 from spakky.plugins.celery.producer_connections import ProducerConnections
 from spakky.plugins.celery.publisher import Publisher, PublishTimeoutError
 
-__all__ = ["PUBLISH_TIMEOUT_SETTING", "TaskDispatcher", "TaskSender"]
+__all__ = ["PREPARED_DISPATCH_SETTING", "PUBLISH_TIMEOUT_SETTING", "TaskDispatcher", "TaskSender"]
 
 PUBLISH_TIMEOUT_SETTING: Final = "spakky_publish_timeout"
 """Celery setting, in seconds, that bounds a dispatch. ``CeleryConfig`` sets it; 10 s where nothing does."""
+
+PREPARED_DISPATCH_SETTING: Final = "spakky_prepared_dispatch"
+"""Celery setting: whether messages may be made from templates. ``CeleryConfig`` sets it; true where nothing does."""
 
 _DEFAULT_PUBLISH_TIMEOUT_S: Final = 10.0
 _CELERY_HEADERS_RESERVE: Final = 16 * 1024
 """Bytes of a header frame left to Celery's own headers, whose argument reprs it cuts at about 1 KiB each."""
 
 _LINEAGE: Final = ("root_id", "parent_id")
-_BATCH: Final = 50
+_BATCH: Final = 500
 """Messages that are published within one publish timeout."""
+
+_SMALL_HEADERS: Final = 4 * 1024
+"""Characters; four bytes each and the rest of the frame leave room for the smallest frames that brokers agree on."""
+
+_TRANSPORT_ERRORS: Final = (EncodeError, KombuError, OSError)
 
 _NO_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class _Arguments(NamedTuple):
+    """The arguments of one message, as they go into it."""
+
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    reprs: dict[str, str]
+    """What logs show in their place; empty: what Celery makes of them."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
 class _Envelope:
     """What one message needs besides its arguments, taken from the caller's thread and context."""
 
@@ -103,6 +123,8 @@ class _Envelope:
     task_id: str
     deadline: float
     """Monotonic time after which the caller has been told that it failed, so that it must not be sent any more."""
+    message: WireMessage | None
+    """What goes over the wire; None: what Celery makes of this."""
     before: tuple[Callable[[], None], ...] = ()
     """What is done just before it is sent."""
 
@@ -126,6 +148,11 @@ class TaskSender:
         renew_after_fork(self.celery)
         self._producers = ProducerConnections(self.celery, self._timeout_s)
         self._publisher = Publisher(self._producers.limit if self.catalog is not None else 1)
+        self._templates = MessageTemplates(self.celery)
+        self._prepared = PreparedDispatch(self._producers, self._publisher)
+        self._outbox = Outbox(
+            self._publisher, lambda batch: self._prepared.send(batch, self._timeout_s), self._timeout_s
+        )
 
     def send(
         self,
@@ -152,11 +179,12 @@ class TaskSender:
         envelope = self._prepare(bound, args, kwargs, options)
         if self._defer([envelope], options) or self._divert([envelope]):
             return self._to_handle(self._make_result(envelope), envelope)
-        try:
-            result = self._publisher.call(partial(self._publish, envelope), self._timeout_s)
-        except PublishTimeoutError:
-            raise self._to_timeout_error(envelope) from None
-        return self._to_handle(result, envelope)
+        with self._translating(envelope):
+            if envelope.message is None:
+                result = self._publisher.call(partial(self._publish, envelope), self._timeout_s)
+                return self._to_handle(result, envelope)
+            self._prepared.publish(envelope.message, self._timeout_s)
+        return self._to_handle(self._make_result(envelope), envelope)
 
     async def send_async(
         self,
@@ -166,14 +194,20 @@ class TaskSender:
         options: Mapping[str, Any] = _NO_OPTIONS,
     ) -> CeleryTaskResult[Any]:
         """Same as ``send``, but the event loop goes on meanwhile."""
-        envelope = self._prepare(bound, args, kwargs, options)
-        if self._defer([envelope], options) or await self._divert_async([envelope]):
-            return self._to_handle(self._make_result(envelope), envelope)
         try:
-            result = await self._publisher.call_async(partial(self._publish, envelope), self._timeout_s)
+            ticket = await self._outbox.admit()
         except PublishTimeoutError:
-            raise self._to_timeout_error(envelope) from None
-        return self._to_handle(result, envelope)
+            raise self._to_timeout_error(bound.method) from None
+        with ticket:
+            envelope = self._prepare(bound, args, kwargs, options)
+            if self._defer([envelope], options) or await self._divert_async([envelope]):
+                return self._to_handle(self._make_result(envelope), envelope)
+            with self._translating(envelope):
+                if envelope.message is None:
+                    publish = partial(self._publish, envelope)
+                    return self._to_handle(await self._publisher.call_async(publish, self._timeout_s), envelope)
+                await self._outbox.post(ticket, envelope.message)
+            return self._to_handle(self._make_result(envelope), envelope)
 
     def send_many(
         self,
@@ -197,7 +231,7 @@ class TaskSender:
         envelopes = self._prepare_many(bound, calls, options)
         if not self._defer(envelopes, options):
             self.send_deferred(envelopes)
-        return [self._to_handle(self._make_result(envelope), envelope) for envelope in envelopes]
+        return self._to_handles(envelopes)
 
     async def send_many_async(
         self,
@@ -209,7 +243,7 @@ class TaskSender:
         envelopes = self._prepare_many(bound, calls, options)
         if not self._defer(envelopes, options):
             await self.send_deferred_async(envelopes)
-        return [self._to_handle(self._make_result(envelope), envelope) for envelope in envelopes]
+        return self._to_handles(envelopes)
 
     def send_deferred(self, envelopes: Sequence[_Envelope]) -> None:
         """Send what was prepared before, in order."""
@@ -218,7 +252,7 @@ class TaskSender:
         progress = BatchProgress()
         for batch in batched(envelopes, _BATCH):
             with self._telling_what_was_sent(envelopes, progress):
-                self._publisher.call(partial(self._publish_batch, self._renew(batch), progress), self._timeout_s)
+                self._publisher.call(self._to_job(batch, progress), self._timeout_s)
 
     async def send_deferred_async(self, envelopes: Sequence[_Envelope]) -> None:
         """Same as ``send_deferred``, but the event loop goes on meanwhile."""
@@ -227,14 +261,13 @@ class TaskSender:
         progress = BatchProgress()
         for batch in batched(envelopes, _BATCH):
             with self._telling_what_was_sent(envelopes, progress):
-                publish = partial(self._publish_batch, self._renew(batch), progress)
-                await self._publisher.call_async(publish, self._timeout_s)
+                await self._publisher.call_async(self._to_job(batch, progress), self._timeout_s)
 
     def prepare_leaf(self, leaf: Leaf, links: Mapping[str, object]) -> _Envelope:
         """Check a call and make its message, with what Celery needs to know of its place in a composition."""
         args = (PREVIOUS, *leaf.args) if leaf.takes_previous else leaf.args
         envelope = self._prepare(leaf.bound, args, leaf.kwargs, leaf.options)
-        return replace(envelope, options={**envelope.options, **links})
+        return replace(envelope, options={**envelope.options, **links}, message=None) if links else envelope
 
     def to_signature(self, message: _Envelope) -> dict[str, Any]:
         """Make of a message what workers send later: they know whose child it is then."""
@@ -268,7 +301,7 @@ class TaskSender:
                 reason = self._producers.mask(str(error) or type(error).__name__)
                 raise TaskDispatchFailedError(message.method.name, "the result back end", reason) from error
 
-        return replace(message, before=(tell, *message.before))
+        return replace(message, before=(tell, *message.before), message=None)
 
     def check_chord(self, body: Leaf, header: Sequence[Leaf]) -> None:
         """Raise TaskCompositionError if the results of these calls cannot be gathered."""
@@ -325,7 +358,11 @@ class TaskSender:
         kwargs: dict[str, object],
         call_options: Mapping[str, Any],
     ) -> _Envelope:
-        method = bound.method
+        arguments = self._encode(bound.method, args, kwargs)
+        return self._fill(self._open(bound, call_options), arguments)
+
+    def _encode(self, method: TaskMethod, args: tuple[object, ...], kwargs: dict[str, object]) -> _Arguments:
+        """Check the arguments of one message, and make wire values of them."""
         if self.catalog is not None:
             self.catalog.check_registered(method)
         method.check_arguments(args, kwargs)
@@ -333,21 +370,45 @@ class TaskSender:
         wire_args, wire_kwargs = codec.encode_arguments(args, kwargs)
         if wire_args and wire_args[0] is PREVIOUS:
             wire_args = wire_args[1:]
+        return _Arguments(wire_args, wire_kwargs, codec.masked_reprs(args, kwargs))
+
+    def _open(self, bound: BoundTask, call_options: Mapping[str, Any]) -> _Envelope:
+        """Make what the messages of one dispatch have in common, without arguments."""
+        method = bound.method
         options = merge_options(method.options, call_options)
         headers = self._make_headers(bound)
         if call_options.get("serializer") is not None:
             headers[SERIALIZER_HEADER] = str(call_options["serializer"])
         return _Envelope(
             method=method,
-            args=wire_args,
-            kwargs=wire_kwargs,
+            args=(),
+            kwargs={},
             headers=headers,
-            options=self._make_lineage() | to_publish_options(options) | codec.masked_reprs(args, kwargs),
+            options=self._make_lineage() | to_publish_options(options),
             ignore_result=options.get("ignore_result"),
             reply_queue=self._find_reply_queue(),
-            task_id=uuid(),
+            task_id="",
             deadline=time.monotonic() + self._timeout_s,
+            message=None,
         )
+
+    def _fill(self, common: _Envelope, arguments: _Arguments) -> _Envelope:
+        """Make the envelope of one message."""
+        envelope = _Envelope(
+            method=common.method,
+            args=arguments.args,
+            kwargs=arguments.kwargs,
+            headers=common.headers,
+            options=common.options | arguments.reprs if arguments.reprs else common.options,
+            ignore_result=common.ignore_result,
+            reply_queue=common.reply_queue,
+            task_id=make_id(),
+            deadline=common.deadline,
+            message=None,
+        )
+        with self._translating(envelope):
+            envelope.message = self._make_message(envelope)
+        return envelope
 
     def _prepare_many(
         self,
@@ -355,10 +416,13 @@ class TaskSender:
         calls: Iterable[tuple[object, ...]],
         options: Mapping[str, Any],
     ) -> list[_Envelope]:
-        envelopes = []
+        envelopes: list[_Envelope] = []
+        common = None
         for position, args in enumerate(calls):
             try:
-                envelope = self._prepare(bound, args, {}, options)
+                arguments = self._encode(bound.method, args, {})
+                common = common or self._open(bound, options)
+                envelope = self._fill(common, arguments)
                 self._check_encodable(envelope)
             except AbstractSpakkyCeleryError as error:
                 error.add_note(f"It is call {position} of the batch, counted from 0; none was sent.")
@@ -371,11 +435,11 @@ class TaskSender:
             self._check_encodable(envelope)
 
     def _check_encodable(self, envelope: _Envelope) -> None:
+        if envelope.message is not None:
+            return
         serializer = str(envelope.options.get("serializer") or self.celery.conf.task_serializer)
-        try:
+        with self._translating(envelope):
             dumps((envelope.args, envelope.kwargs, envelope.options.get("chain")), serializer=serializer)
-        except EncodeError as error:
-            raise self._to_dispatch_error(envelope, error) from error
 
     def _defer(self, envelopes: Sequence[_Envelope], options: Mapping[str, Any]) -> bool:
         """Let messages wait for the transaction that is open here, if they are to."""
@@ -410,17 +474,18 @@ class TaskSender:
         """The app whose result back end has the results."""
         return self.celery if self.outlet is None else self.outlet.celery
 
-    def _renew(self, envelopes: Iterable[_Envelope]) -> list[_Envelope]:
+    def _to_job(self, envelopes: Sequence[_Envelope], progress: BatchProgress) -> Callable[[], None]:
         """Begin the publish timeout anew: what waited for a commit, or for others of a batch, has its own time."""
-        deadline = time.monotonic() + self._timeout_s
-        return [replace(envelope, deadline=deadline) for envelope in envelopes]
+        return partial(self._publish_batch, envelopes, progress, time.monotonic() + self._timeout_s)
 
     @contextmanager
     def _telling_what_was_sent(self, envelopes: Sequence[_Envelope], progress: BatchProgress) -> Iterator[None]:
         try:
             yield
         except PublishTimeoutError:
-            raise self._to_incomplete(envelopes, progress, self._to_timeout_error(envelopes[0])) from None
+            error = self._to_timeout_error(envelopes[0].method)
+            incomplete = self._to_incomplete(envelopes, progress, error)
+            raise incomplete from None if incomplete is error else error
         except Exception as error:
             raise self._to_incomplete(envelopes, progress, error) from error
 
@@ -486,9 +551,32 @@ class TaskSender:
         return options
 
     def _find_reply_queue(self) -> Queue | None:
-        if self.catalog is None or not str(self.celery.conf.result_backend or "").startswith("rpc"):
+        return cast("Queue", self.celery.backend.binding) if self._is_rpc else None
+
+    @cached_property
+    def _is_rpc(self) -> bool:
+        """Whether results come back to a queue of the caller's thread."""
+        return self.catalog is not None and str(self.celery.conf.result_backend or "").startswith("rpc")
+
+    @cached_property
+    def _is_preparing(self) -> bool:
+        return self.catalog is not None and bool(self.celery.conf.get(PREPARED_DISPATCH_SETTING, True))
+
+    def _make_message(self, envelope: _Envelope) -> WireMessage | None:
+        """Make the message without Celery's help, or None where that cannot be sure to make the same."""
+        if (
+            not self._is_preparing
+            or self.outlet is not None
+            or envelope.reply_queue is not None
+            or not _are_small(envelope.headers)
+        ):
             return None
-        return cast("Queue", self.celery.backend.binding)
+        template = self._templates.find(envelope.method.name, envelope.options)
+        if template is None:
+            return None
+        headers = {**envelope.headers, "ignore_result": envelope.ignore_result}
+        options = {**envelope.options, "task_id": envelope.task_id}
+        return self._templates.fill(template, envelope.args, envelope.kwargs, headers, options)
 
     def _to_handle(self, result: AsyncResult, envelope: _Envelope) -> CeleryTaskResult[Any]:
         """Wrap a result, to be waited for over the connections of the caller's thread: Celery has some per thread."""
@@ -496,6 +584,18 @@ class TaskSender:
             result.backend = self._results.backend
         handle = CeleryTaskResult if self.outlet is None else self.outlet.handle
         return handle.typed(result, codec_of(envelope.method).decode_result)
+
+    def _to_handles(self, envelopes: Sequence[_Envelope]) -> list[CeleryTaskResult[Any]]:
+        is_ignored = bool(envelopes) and _is_ignored(envelopes[0].ignore_result, self.celery)
+        celery, backend = self._results, self._results.backend
+        handle = CeleryTaskResult if self.outlet is None else self.outlet.handle
+        results = [celery.AsyncResult(envelope.task_id, backend=backend) for envelope in envelopes]
+        for result in results:
+            result.ignored = is_ignored
+        return [
+            handle.typed(result, codec_of(envelope.method).decode_result)
+            for envelope, result in zip(envelopes, results, strict=True)
+        ]
 
     def _make_result(self, envelope: _Envelope) -> AsyncResult:
         result = self._results.AsyncResult(envelope.task_id)
@@ -512,14 +612,27 @@ class TaskSender:
                 headers=envelope.headers,
                 **options,
             )
-        with self._translating(envelope), self._producers.acquire(self._timeout_s) as producer:
-            return self._publish_with(producer, envelope)
+        with self._translating(envelope), self._producers.acquire(self._timeout_s) as link:
+            return self._publish_with(link.producer, envelope)
 
-    def _publish_batch(self, envelopes: list[_Envelope], progress: BatchProgress) -> None:
-        with self._translating(envelopes[0]), self._producers.acquire(self._timeout_s) as producer:
+    def _publish_batch(self, envelopes: Sequence[_Envelope], progress: BatchProgress, deadline: float) -> None:
+        messages = [envelope.message for envelope in envelopes if envelope.message is not None]
+        if len(messages) == len(envelopes):
+            batch = Batch(messages, [deadline] * len(messages))
+            progress.follow(batch)
+            self._publish_prepared(envelopes, batch)
+            return
+        with self._translating(envelopes[0]), self._producers.acquire(self._timeout_s) as link:
             for envelope in envelopes:
                 with self._translating(envelope), progress.sending():
-                    self._publish_with(producer, envelope)
+                    self._publish_with(link.producer, replace(envelope, deadline=deadline))
+
+    def _publish_prepared(self, envelopes: Sequence[_Envelope], batch: Batch) -> None:
+        with self._translating(envelopes[0]):
+            self._prepared.send(batch, self._timeout_s)
+        for place, error in sorted(batch.errors.items()):
+            with self._translating(envelopes[place]):
+                raise error
 
     @contextmanager
     def _translating(self, envelope: _Envelope) -> Iterator[None]:
@@ -528,9 +641,11 @@ class TaskSender:
             yield
         except TaskDispatchTimeoutError:
             raise
+        except PublishTimeoutError:
+            raise self._to_timeout_error(envelope.method) from None
         except QueueNotFound:
             raise unknown_queue(envelope.method.name, str(envelope.options.get("queue"))) from None
-        except (EncodeError, KombuError, OSError) as error:
+        except _TRANSPORT_ERRORS as error:
             if isinstance(error, AbstractSpakkyCeleryError):
                 raise
             raise self._to_dispatch_error(envelope, error) from error
@@ -545,7 +660,7 @@ class TaskSender:
         for step in envelope.before:
             step()
         if time.monotonic() > envelope.deadline:
-            raise self._to_timeout_error(envelope)
+            raise self._to_timeout_error(envelope.method)
         result = self._send_task(self.celery, envelope, options | {"producer": producer})
         result.ignored = _is_ignored(envelope.ignore_result, self.celery)
         return result
@@ -579,15 +694,15 @@ class TaskSender:
             return TaskNotEncodableError(name, serializer, str(error))
         timed_out = isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError)
         if timed_out or time.monotonic() >= envelope.deadline:  # redis-py's timeouts are no TimeoutError
-            return self._to_timeout_error(envelope)
+            return self._to_timeout_error(envelope.method)
         reason = str(error) or type(error).__name__
         return TaskDispatchFailedError(name, self._producers.broker, self._producers.mask(reason))
 
-    def _to_timeout_error(self, envelope: _Envelope) -> Exception:
+    def _to_timeout_error(self, method: TaskMethod) -> Exception:
         broker = self._producers.broker if self.catalog is not None else ""
-        return TaskDispatchTimeoutError(envelope.method.name, broker, self._timeout_s)
+        return TaskDispatchTimeoutError(method.name, broker, self._timeout_s)
 
-    @property
+    @cached_property
     def _timeout_s(self) -> float:
         if self.catalog is None:
             return _DEFAULT_PUBLISH_TIMEOUT_S
@@ -800,6 +915,11 @@ class TaskDispatcher(Composing, IApplicationContextAware, IService):
 
 def _is_ignored(option: bool | None, celery: Celery) -> bool:
     return bool(celery.conf.task_ignore_result) if option is None else option
+
+
+def _are_small(headers: Mapping[str, str]) -> bool:
+    """Whether headers fit into any frame, so that nobody need measure them."""
+    return sum(map(len, headers.values())) < _SMALL_HEADERS
 
 
 def _close_result_connections(backend: Any) -> None:

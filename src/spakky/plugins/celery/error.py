@@ -479,7 +479,7 @@ class TaskBatchIncompleteError(AbstractTaskDispatchError):
         task: Name of the task; of the first one, where there are several.
         total: Messages of the batch.
         sent: Messages that were sent: the first so many.
-        unknown: Messages after them that may have been sent too, 0 or 1. All others were not.
+        unknown: Messages after them that may have been sent too, or of which some were. All others were not.
         reason: What went wrong.
     """
 

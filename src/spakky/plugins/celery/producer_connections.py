@@ -9,24 +9,62 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
 from celery import Celery
-from kombu.exceptions import OperationalError
-from kombu.messaging import Producer
-from kombu.pools import ProducerPool
+from kombu.connection import Connection
+from kombu.exceptions import LimitExceeded, OperationalError
 
+from spakky.plugins.celery.broker_link import BrokerLink, make_link
 from spakky.plugins.celery.common.broker_url import MASK, mask_url
+from spakky.plugins.celery.message_templates import MessageTemplate
 
 __all__ = ["ProducerConnections"]
 
 _DEFAULT_LIMIT: Final = 10
 
 
+@dataclass(slots=True)
+class _Pool:
+    """What belongs to one opening: links that were taken are given back to the pool that they are from."""
+
+    slots: threading.Semaphore
+    links: set[BrokerLink] = field(default_factory=set)
+    """All of them, also those that are taken."""
+    idle: list[BrokerLink] = field(default_factory=list)
+    is_closed: bool = False
+
+    def pop_idle(self) -> BrokerLink | None:
+        try:
+            return self.idle.pop()
+        except IndexError:
+            return None
+
+    def give_back(self, link: BrokerLink | None) -> None:
+        if link is not None and self.is_closed:
+            link.collect()
+        elif link is not None:
+            self.idle.append(link)
+        self.slots.release()
+
+    @contextmanager
+    def returning(self, link: BrokerLink) -> Iterator[BrokerLink]:
+        """Give a link back at the end; after an error, of whatever kind, its connection may be amid something."""
+        try:
+            yield link
+        except BaseException:
+            self.links.discard(link)
+            self.give_back(None)
+            link.collect()
+            raise
+        self.give_back(link)
+
+
 class ProducerConnections:
-    """Pool of producers over one Celery app's write connection: one per application and process, opened on demand."""
+    """Pool of links over one Celery app's write connection: one per application and process, opened on demand."""
 
     def __init__(self, celery: Celery, socket_timeout_s: float) -> None:
         """Open nothing yet.
@@ -38,7 +76,7 @@ class ProducerConnections:
         """
         self._celery = celery
         self._socket_timeout_s = socket_timeout_s
-        self._pool: ProducerPool | None = None
+        self._pool: _Pool | None = None
         self._pid = os.getpid()
         self._lock = threading.Lock()
 
@@ -67,38 +105,61 @@ class ProducerConnections:
 
     def load_transport(self) -> None:
         """Import the transport's library, which takes long enough to stall an event loop at its first dispatch."""
-        self._make_pool()
+        _ = self._make_connection().transport
 
     @contextmanager
-    def acquire(self, timeout_s: float) -> Iterator[Producer]:
-        """Take a producer, to be given back on exit; its connection is opened when it is first used.
+    def acquire(self, timeout_s: float) -> Iterator[BrokerLink]:
+        """Take a link whose connection is open, to be given back on exit; blocks, and may take several timeouts.
 
         Raises:
             kombu.exceptions.OperationalError: For whatever the transport raises, each with errors of its own.
             kombu.exceptions.LimitExceeded: If none became free in ``timeout_s`` seconds.
         """
-        with self._find_pool().acquire(block=True, timeout=timeout_s) as producer:
-            connection = producer.connection
+        pool = self._find_pool()
+        if not pool.slots.acquire(timeout=timeout_s):
+            raise LimitExceeded(self.limit)
+        with pool.returning(pool.pop_idle() or self._make_link(pool)) as link:
+            connection = link.connection
             try:
                 connection.ensure_connection(timeout=timeout_s, **self._retry_policy)
-                yield producer
+                yield link
             except (*connection.connection_errors, *connection.channel_errors) as error:
                 raise OperationalError(str(error) or type(error).__name__) from error
+
+    @contextmanager
+    def acquire_ready(self, template: MessageTemplate, timeout_s: float) -> Iterator[BrokerLink | None]:
+        """Take a link over which a message can be sent in this time, whatever the broker does; None: there is none.
+
+        Waits for nothing, and opens nothing.
+        """
+        pool = self._find_pool()
+        if not pool.slots.acquire(blocking=False):
+            yield None
+            return
+        link = pool.pop_idle()
+        if link is None or not link.is_ready_for(template) or not link.ends_in(timeout_s):
+            pool.give_back(link)
+            yield None
+            return
+        with pool.returning(link):
+            yield link
 
     def close(self) -> None:
         """Close the connections, but not those of a parent process. A later ``acquire`` opens others."""
         pool, self._pool = self._pool, None
         if pool is not None and self._pid == os.getpid():
-            pool.force_close_all()
-            pool.connections.force_close_all()
+            pool.is_closed = True
+            for link in list(pool.links):
+                link.collect()
 
-    def _find_pool(self) -> ProducerPool:
+    def _find_pool(self) -> _Pool:
         if self._pid != os.getpid():  # a fork shares sockets that only the parent may use, and a lock that may be held
             self._pid, self._pool, self._lock = os.getpid(), None, threading.Lock()
-        with self._lock:
-            if self._pool is None:
-                self._pool = self._make_pool()
-            return self._pool
+        pool = self._pool
+        if pool is None:
+            with self._lock:
+                pool = self._pool = self._pool or _Pool(threading.Semaphore(self.limit))
+        return pool
 
     @property
     def _retry_policy(self) -> dict[str, object]:
@@ -113,9 +174,18 @@ class ProducerConnections:
         url = self._celery.conf.broker_write_url or self._celery.connection_for_write().as_uri()
         return url if isinstance(url, str) else ";".join(url)
 
-    def _make_pool(self) -> ProducerPool:
-        connection = self._celery.connection_for_write()
+    def _make_link(self, pool: _Pool) -> BrokerLink:
+        try:
+            link = make_link(self._make_connection())
+        except BaseException:
+            pool.give_back(None)
+            raise
+        pool.links.add(link)
+        return link
+
+    def _make_connection(self) -> Connection:
+        connection: Connection = self._celery.connection_for_write()
         if connection.transport.driver_type == "redis":
             timeouts = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), self._socket_timeout_s)
-            connection.transport_options = {**timeouts, **connection.transport_options}
-        return ProducerPool(connection.Pool(limit=self.limit), limit=self.limit)
+            connection.transport_options = {**timeouts, **(connection.transport_options or {})}
+        return connection

@@ -43,7 +43,7 @@ class Publisher:
         Args:
             max_threads: How many publishes may be under way at once; further ones queue.
         """
-        self._max_threads = max_threads
+        self.max_threads = max_threads
         self._reset()
 
     def call[R](self, function: Callable[[], R], timeout_s: float) -> R:
@@ -52,7 +52,7 @@ class Publisher:
         Raises:
             PublishTimeoutError: If it has not ended in ``timeout_s`` seconds. If it had not started, it never will.
         """
-        future = self._submit(function)
+        future = self.submit(function)
         if not wait([future], timeout_s).done:
             future.cancel()
             raise PublishTimeoutError
@@ -60,7 +60,7 @@ class Publisher:
 
     async def call_async[R](self, function: Callable[[], R], timeout_s: float) -> R:
         """Same as ``call``, but for a coroutine: the event loop goes on meanwhile."""
-        submitted = self._submit(function)
+        submitted = self.submit(function)
         future = asyncio.wrap_future(submitted)
         try:
             await asyncio.wait([future], timeout=timeout_s)
@@ -88,7 +88,8 @@ class Publisher:
         self._threads = 0
         self._unfinished = 0
 
-    def _submit[R](self, function: Callable[[], R]) -> Future[R]:
+    def submit[R](self, function: Callable[[], R]) -> Future[R]:
+        """Run a function on a publishing thread, in this context, and wait for nothing."""
         if self._pid != os.getpid():  # a fork copies the counters but not the threads
             self._reset()
         future: Future[R] = Future()
@@ -96,7 +97,7 @@ class Publisher:
         with self._lock:
             self._jobs.put((future, lambda: context.run(function)))
             self._unfinished += 1
-            if self._threads < min(self._unfinished, self._max_threads):
+            if self._threads < min(self._unfinished, self.max_threads):
                 self._threads += 1
                 threading.Thread(
                     target=self._work,

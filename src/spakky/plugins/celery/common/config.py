@@ -339,6 +339,11 @@ class CeleryConfig(BaseSettings):
     ``broker_connection_timeout`` on AMQP (4 s at most), and ``socket_timeout`` and ``socket_connect_timeout`` of
     ``broker_transport_options`` on Redis (2 s at least for the first: longer than its consumer blocks)."""
 
+    prepared_dispatch: bool = True
+    """Make the messages of common dispatches from templates that Celery has filled once, which are the same, and send
+    them by the batch where a coroutine dispatches or several are dispatched at once. False: each goes through Celery's
+    ``send_task``, as uncommon ones do anyway. The plugin reads it, not Celery."""
+
     result_expires: _OptionalDuration = timedelta(days=1)
     """Time that results are kept. None: for ever. Celery: ``result_expires``."""
 

@@ -18,6 +18,7 @@ from kombu.utils.json import loads
 from kombu.utils.scheduling import priority_cycle
 
 from spakky.plugins.celery.common.broker_url import has_tls_scheme
+from spakky.plugins.celery.common.fresh_ids import make_id
 
 __all__ = ["Channel", "QoS", "Transport"]
 
@@ -143,6 +144,7 @@ class Channel(stock.Channel):
         self.is_stored = False
         """Whether the message that is delivered is in ``unacked`` already."""
         self._sync_client: Any = None
+        self._pusher: Any = None
         self._unacknowledged: set[str] = set()
         self._limit = 0
         self._lists: list[str] = []
@@ -151,6 +153,10 @@ class Channel(stock.Channel):
         self._is_drained = False
         self._watch_from = 0.0
         super().__init__(*args, **kwargs)
+
+    @override
+    def _next_delivery_tag(self) -> str:
+        return make_id()
 
     @property
     def server(self) -> tuple[object, ...]:
@@ -188,6 +194,43 @@ class Channel(stock.Channel):
         if self._sync_client is None or self._sync_client.connection_pool is not self.pool:
             self._sync_client = super()._create_client()
         return self._sync_client
+
+    def open_push(self) -> None:
+        """Connect what ``push`` sends over, where it is not connected."""
+        if self._pusher is None or not self._pusher.is_connected:
+            self._pusher = self.pool.get_connection()
+
+    def answers_in(self, timeout_s: float) -> bool:
+        """Whether a ``push`` of little data ends in so many seconds, by the timeout of its socket."""
+        limit = self.pool.connection_kwargs.get("socket_timeout")
+        return limit is not None and limit <= timeout_s and self._pusher is not None
+
+    def push(self, commands: list[list[Any]]) -> list[Any]:
+        """Send commands at once, over the connection that ``open_push`` has opened, and never open another.
+
+        Args:
+            commands: Each with its name first, its keys without the global prefix.
+
+        Returns:
+            For each command Redis's answer, or the error that it answered with.
+
+        Raises:
+            redis.exceptions.RedisError: If the connection is lost, or does not answer in time; it is closed then.
+        """
+        connection = self._pusher
+        if connection is None or not connection.is_connected:
+            raise _LostConnectionError
+        if self.global_keyprefix:
+            commands = [self.client._prefix_args(command) for command in commands]  # noqa: SLF001  # kombu's transports are made of such parts
+        data = b"".join(connection.pack_commands(commands))  # redis-py sends each 6 kB by itself
+        connection.send_packed_command([data], check_health=False)
+        return [self._read_reply(connection) for _ in commands]
+
+    def _read_reply(self, connection: Any) -> Any:
+        try:
+            return connection.read_response()
+        except self.ResponseError as error:
+            return error
 
     @override
     def _brpop_start(self, timeout: float | None = None) -> None:
@@ -323,10 +366,18 @@ class Channel(stock.Channel):
     @override
     def _disconnect_pools(self) -> None:
         super()._disconnect_pools()
+        self._pusher = None
         watches, self._watches = self._watches, {}
         for watch in watches.values():
             watch.connection.disconnect()
         self._watch_pool = None
+
+
+class _LostConnectionError(redis.ConnectionError):
+    """Raised in place of opening another connection."""
+
+    def __str__(self) -> str:
+        return "The connection to Redis was lost"
 
 
 class _Watch:

@@ -1,0 +1,238 @@
+"""Owns one connection to the broker, and how prepared messages go over it by the batch. Makes no message.
+
+Redis takes a batch as one command for each queue, RabbitMQ as one write for each message and a confirm for all of them,
+any other broker one message after another.
+"""
+
+import time
+from typing import Any, Final, override
+
+from amqp.channel import Channel as AmqpChannel
+from amqp.exceptions import MessageNacked
+from kombu.connection import Connection
+from kombu.messaging import Producer
+
+from spakky.plugins.celery.batch import Batch
+from spakky.plugins.celery.message_templates import MessageTemplate, WireMessage
+
+__all__ = ["BrokerLink", "make_link"]
+
+_MAX_UNCONFIRMED: Final = 500
+"""Messages that are written before their confirms are read: RabbitMQ must not wait for us while we wait for it."""
+
+_CONFIRM_SLICE_S: Final = 0.001
+
+
+class BrokerLink:
+    """A connection with its producer, for one thread at a time; this one sends one message after another."""
+
+    def __init__(self, connection: Connection) -> None:
+        """Open nothing yet.
+
+        Args:
+            connection: The connection, of this link alone.
+        """
+        self.connection = connection
+        self.producer = Producer(connection, auto_declare=False)
+        self._declared: set[MessageTemplate] = set()
+
+    def is_ready_for(self, template: MessageTemplate) -> bool:
+        """Whether a message needs no more than to be sent: the connection is open, and its queue is declared."""
+        return template in self._declared
+
+    def ends_in(self, timeout_s: float) -> bool:  # noqa: ARG002  # what others need
+        """Whether sending a small message over this open link ends in so many seconds, whatever the broker does."""
+        return bool(self.connection.transport.driver_type == "memory")
+
+    def get_ready_for(self, template: MessageTemplate) -> None:
+        """Open the connection, and declare what a message needs; blocks."""
+        policy = template.retry_policy
+        for entity in template.declare:
+            self.producer.maybe_declare(entity, retry=policy is not None, **(policy or {}))
+        self._declared.add(template)
+
+    def revive(self, channel: Any) -> None:
+        """Start again on a new channel, after the connection was lost."""
+        self._declared.clear()
+        self.producer.revive(channel)
+
+    def send(self, batch: Batch) -> None:
+        """Send what a batch has left, in its order.
+
+        Args:
+            batch: Told what becomes of each message.
+
+        Raises:
+            Exception: The transport's errors, of a connection that was lost; some may have been sent then.
+        """
+        for place, message in list(batch.unsent.items()):
+            batch.note_written(place)
+            self._send_one(message)
+            batch.note_sent(place)
+
+    def _send_one(self, message: WireMessage, **options: Any) -> None:
+        channel = self.producer.channel
+        channel.basic_publish(
+            _to_transport_message(channel, message),
+            exchange=message.template.exchange,
+            routing_key=message.template.routing_key,
+            **options,
+        )
+
+    def collect(self) -> None:
+        """Let go of the connection without talking to the broker, which may hang."""
+        self.connection.collect(0.1)
+
+
+class RedisLink(BrokerLink):
+    """Sends over this package's Redis transport: one command for each list that messages go to."""
+
+    @override
+    def ends_in(self, timeout_s: float) -> bool:
+        return bool(self.producer.channel.answers_in(timeout_s))
+
+    @override
+    def get_ready_for(self, template: MessageTemplate) -> None:
+        super().get_ready_for(template)
+        self.producer.channel.open_push()
+
+    @override
+    def send(self, batch: Batch) -> None:
+        commands = _Commands()
+        for place, message in batch.unsent.items():
+            commands.place = place
+            self._send_one(message, _publish_batch=commands)
+        batch.note_written(commands.place)
+        replies = self.producer.channel.push([command for command, _ in commands.grouped])
+        for (_, places), reply in zip(commands.grouped, replies, strict=True):
+            for place in places:
+                if isinstance(reply, Exception):
+                    batch.note_failed(place, reply)
+        for place in list(batch.unsent):
+            batch.note_sent(place)
+
+
+class _Commands:
+    """Collects the Redis commands of messages, as kombu's channel hands them to a batch."""
+
+    def __init__(self) -> None:
+        self.place = 0
+        self.grouped: list[tuple[list[Any], list[int]]] = []
+        self._lists: dict[str, tuple[list[Any], list[int]]] = {}
+
+    def add(self, name: str, *args: Any) -> None:
+        """Take one command; what goes to one list becomes one command, which keeps the order within the list."""
+        group = self._lists.get(args[0]) if name == "lpush" else None
+        if group is None:
+            group = ([name.upper(), args[0]], [])
+            self.grouped.append(group)
+            if name == "lpush":
+                self._lists[args[0]] = group
+        group[0].extend(args[1:])
+        group[1].append(self.place)
+
+
+class AmqpLink(BrokerLink):
+    """Sends over py-amqp, on a channel of its own: the numbers of its confirms are counted from its first message."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._channel: Any = None
+        self._sent = 0
+        self._unconfirmed: dict[int, tuple[Batch, int]] = {}
+
+    @override
+    def is_ready_for(self, template: MessageTemplate) -> bool:
+        return super().is_ready_for(template) and self._channel is not None and bool(self._channel.is_open)
+
+    @override
+    def ends_in(self, timeout_s: float) -> bool:
+        return True
+
+    @override
+    def get_ready_for(self, template: MessageTemplate) -> None:
+        super().get_ready_for(template)
+        if self._channel is not None and self._channel.is_open:
+            return
+        self._reset()
+        self._channel = self.connection.channel()
+        if self._is_confirming:
+            self._channel.confirm_select()
+            self._channel.events["basic_ack"].add(self._on_ack)
+            self._channel.events["basic_nack"].add(self._on_nack)
+
+    @override
+    def revive(self, channel: Any) -> None:
+        super().revive(channel)
+        self._reset()
+
+    @property
+    def _is_confirming(self) -> bool:
+        return bool(self._channel.connection.confirm_publish)
+
+    @override
+    def send(self, batch: Batch) -> None:
+        channel, is_confirming, deadline = self._channel, self._is_confirming, batch.deadline
+        for place, message in list(batch.unsent.items()):
+            template = message.template
+            batch.note_written(place)
+            AmqpChannel.basic_publish(  # the channel's own waits for a confirm each time
+                channel,
+                _to_transport_message(channel, message),
+                exchange=template.exchange,
+                routing_key=template.routing_key,
+                timeout=_remaining_s(deadline),
+            )
+            self._sent += 1
+            if not is_confirming:
+                batch.note_sent(place)
+                continue
+            self._unconfirmed[self._sent] = (batch, place)
+            if len(self._unconfirmed) >= _MAX_UNCONFIRMED:
+                self._wait_for_confirms(deadline)
+        self._wait_for_confirms(deadline)
+
+    def _wait_for_confirms(self, deadline: float) -> None:
+        while self._unconfirmed:
+            self._channel.connection.drain_events(timeout=_remaining_s(deadline))
+
+    def _on_ack(self, tag: int, multiple: bool) -> None:
+        for batch, place in self._take(tag, multiple):
+            batch.note_sent(place)
+
+    def _on_nack(self, tag: int, multiple: bool) -> None:
+        for batch, place in self._take(tag, multiple):
+            batch.note_failed(place, MessageNacked())
+
+    def _take(self, tag: int, multiple: bool) -> list[tuple[Batch, int]]:
+        tags = [known for known in self._unconfirmed if known <= tag] if multiple else [tag]
+        return [self._unconfirmed.pop(known) for known in tags if known in self._unconfirmed]
+
+
+def make_link(connection: Connection) -> BrokerLink:
+    """Make the link that is right for a connection's transport."""
+    transport = connection.transport
+    if not connection.credential_provider and hasattr(getattr(transport, "Channel", None), "push"):
+        return RedisLink(connection)
+    if transport.driver_name == "py-amqp":
+        return AmqpLink(connection)
+    return BrokerLink(connection)
+
+
+def _to_transport_message(channel: Any, message: WireMessage) -> Any:
+    return channel.prepare_message(
+        message.body,
+        message.template.priority,
+        message.content_type,
+        message.content_encoding,
+        message.headers,
+        message.properties,
+    )
+
+
+def _remaining_s(deadline: float) -> float:
+    """Seconds left, and not 0, which sockets take for "do not wait at all"."""
+    return max(deadline - time.monotonic(), _CONFIRM_SLICE_S)

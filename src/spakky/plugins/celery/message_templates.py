@@ -1,0 +1,306 @@
+"""Owns the messages of common dispatches, made from templates that Celery itself has filled once. Sends nothing.
+
+A template is what Celery's ``send_task`` hands to a producer that only records. So everything in it (route, exchange,
+headers, properties, serializer, what must be declared) is Celery's by construction, and each message costs no more
+than what differs between two messages of a task. Whatever is not sure to repeat itself has no template, and goes
+through ``send_task``.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Final
+
+from celery import Celery, Task, signals
+from celery.app.amqp import AMQP
+from celery.app.routes import MapRoute, Router
+from celery.utils.saferepr import saferepr
+from kombu.entity import maybe_delivery_mode
+from kombu.messaging import Producer
+from kombu.serialization import dumps
+
+__all__ = ["MessageTemplate", "MessageTemplates", "WireMessage"]
+
+_MAX_TEMPLATES: Final = 4096
+
+_ID, _ROOT, _PARENT, _REPLY_TO = (f"spakky-celery-{name}" for name in ("id", "root", "parent", "reply-to"))
+"""Stand for what differs between two messages while a template is made."""
+
+_VARIABLE: Final = frozenset({"reply_to", "root_id", "parent_id"})
+_PREPARABLE: Final = _VARIABLE | {"queue", "routing_key", "priority", "serializer", "time_limit", "soft_time_limit"}
+"""Options that mean the same for each message; ``countdown``, for one, is a moment that Celery works out."""
+
+_EMBEDDED: Final = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+_PUBLISHED: Final = frozenset(
+    {
+        "exchange",
+        "routing_key",
+        "serializer",
+        "compression",
+        "retry",
+        "retry_policy",
+        "delivery_mode",
+        "declare",
+        "headers",
+        "timeout",
+        "confirm_timeout",
+        "correlation_id",
+        "reply_to",
+        "priority",
+    },
+)
+
+_FLAT: Final = frozenset({int, bool, float, type(None)})
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class MessageTemplate:
+    """What all messages of one task with the same options have in common."""
+
+    task: Task | None
+    headers: Mapping[str, Any]
+    properties: Mapping[str, Any]
+    exchange: str
+    routing_key: str
+    priority: int
+    serializer: str
+    repr_levels: int
+    retry_policy: Mapping[str, Any] | None
+    """How a lost connection is dealt with; None: not at all."""
+    declare: tuple[Any, ...]
+    """Queues that must have been declared on a connection before the first message goes over it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class WireMessage:
+    """One message, encoded: what is left to do is to send it."""
+
+    template: MessageTemplate
+    task_id: str
+    body: str | bytes
+    content_type: str
+    content_encoding: str
+    headers: dict[str, Any]
+    properties: dict[str, Any]
+
+
+class MessageTemplates:
+    """The templates of one Celery app: one instance per application and process."""
+
+    def __init__(self, celery: Celery) -> None:
+        """Make no template yet.
+
+        Args:
+            celery: The app whose messages they are.
+        """
+        self._celery = celery
+        self._templates: dict[object, MessageTemplate | None] = {}
+        self._source: tuple[object, ...] = ()
+        self._is_stock = False
+
+    def find(self, name: str, options: Mapping[str, object]) -> MessageTemplate | None:
+        """Find the template of a task's messages with these options, or None where ``send_task`` must make them.
+
+        Args:
+            name: Name of the task.
+            options: Options of ``send_task``.
+        """
+        if not self._is_plain() or not _PREPARABLE.issuperset(options):
+            return None
+        fixed = [(key, value, type(value)) for key, value in options.items() if key not in _VARIABLE]
+        key = (name, *fixed)
+        task = self._celery.tasks.get(name)
+        template: MessageTemplate | None = self._templates.get(key, _MISSING)
+        if template is _MISSING or (template is not None and template.task is not task):
+            if len(self._templates) >= _MAX_TEMPLATES:
+                self._templates.clear()
+            template = self._templates[key] = self._make(name, task, {key: value for key, value, _ in fixed})
+        return template
+
+    def fill(
+        self,
+        template: MessageTemplate,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        headers: Mapping[str, object],
+        options: Mapping[str, Any],
+    ) -> WireMessage:
+        """Make one message.
+
+        Args:
+            template: What ``find`` has found for these options.
+            args: Arguments of the task.
+            kwargs: Its keyword arguments.
+            headers: Headers beside Celery's; they win over Celery's own.
+            options: Of them ``task_id``, ``reply_to``, ``root_id`` and ``parent_id`` are read.
+
+        Raises:
+            kombu.exceptions.EncodeError: If the arguments cannot be encoded.
+        """
+        task_id = options["task_id"]
+        amqp = self._celery.amqp
+        levels = template.repr_levels
+        encoded: Any = dumps((args or (), kwargs or {}, _EMBEDDED), serializer=template.serializer)
+        content_type, content_encoding, body = encoded
+        return WireMessage(
+            template=template,
+            task_id=task_id,
+            body=body,
+            content_type=content_type,
+            content_encoding=content_encoding,
+            headers={
+                **template.headers,
+                "id": task_id,
+                "root_id": options.get("root_id") or task_id,
+                "parent_id": options.get("parent_id"),
+                "argsrepr": to_repr(args, amqp.argsrepr_maxsize, levels),
+                "kwargsrepr": to_repr(kwargs, amqp.kwargsrepr_maxsize, levels) if kwargs else "{}",
+                **headers,
+            },
+            properties={**template.properties, "correlation_id": task_id, "reply_to": options.get("reply_to") or ""},
+        )
+
+    def _is_plain(self) -> bool:
+        """Whether what Celery publishes depends on nothing but what a template holds, and nobody watches it."""
+        if (
+            signals.before_task_publish.receivers
+            or signals.after_task_publish.receivers
+            or signals.task_sent.receivers
+            or self._celery.conf.task_send_sent_event
+        ):
+            return False
+        source = self._find_source()
+        if source != self._source:
+            self._templates.clear()
+            self._is_stock = self._check_stock()
+            self._source = self._find_source()
+        return self._is_stock
+
+    def _find_source(self) -> tuple[object, ...]:
+        """What a template was made by; another one here means that all templates are out of date."""
+        amqp = self._celery.amqp
+        made = vars(amqp)  # Celery makes each of these once, and a test or a user may put another in its place
+        return (
+            os.getpid(),
+            amqp,
+            made.get("router"),
+            made.get("queues"),
+            made.get("create_task_message"),
+            made.get("send_task_message"),
+            type(self._celery).send_task,
+            Producer.publish,
+        )
+
+    def _check_stock(self) -> bool:
+        """Whether all that takes part is Celery's own: a wrapper or a router of the user's may do anything."""
+        celery: Any = self._celery
+        amqp = celery.amqp
+        return (
+            type(amqp) is AMQP
+            and type(amqp.router) is Router
+            and all(type(router) is MapRoute for router in amqp.routes or ())
+            and "send_task" not in vars(celery)
+            and _is_defined_in(type(celery).send_task, "celery.app.base")
+            and getattr(amqp.create_task_message, "__func__", None) is AMQP.as_task_v2
+            and _is_defined_in(AMQP.as_task_v2, "celery.app.amqp")
+            and _is_defined_in(amqp.send_task_message, "celery.app.amqp")
+            and _is_defined_in(Producer.publish, "kombu.messaging")
+        )
+
+    def _make(self, name: str, task: Task | None, options: dict[str, Any]) -> MessageTemplate | None:
+        if task is not None and not _is_defined_in(task._get_exec_options, "celery.app.task"):  # noqa: SLF001  # what send_task calls
+            return None
+        recorder = _Recorder()
+        self._celery.send_task(
+            name,
+            task_id=_ID,
+            root_id=_ROOT,
+            parent_id=_PARENT,
+            reply_to=_REPLY_TO,
+            producer=recorder,
+            ignore_result=True,
+            add_to_parent=False,
+            **options,
+        )
+        return _to_template(task, recorder.body, recorder.options, self._celery.conf.task_repr_maxlevels)
+
+
+_MISSING: Final[Any] = object()
+
+
+class _Recorder:
+    """A producer that keeps what it is to publish."""
+
+    def __init__(self) -> None:
+        self.connection = self
+        self.body: Any = None
+        self.options: dict[str, Any] = {}
+
+    def _reraise_as_library_errors(self) -> Any:
+        return nullcontext()
+
+    def publish(self, body: Any, **options: Any) -> None:
+        self.body, self.options = body, options
+
+
+def _to_template(task: Task | None, body: Any, published: dict[str, Any], repr_levels: int) -> MessageTemplate | None:
+    """Make a template of what was recorded; None where anything in it is not as it always is."""
+    headers = dict(published["headers"])
+    places = (
+        headers["id"],
+        headers["root_id"],
+        headers["parent_id"],
+        published["reply_to"],
+        published["correlation_id"],
+    )
+    is_common = (
+        published.keys() <= _PUBLISHED
+        and body == ((), {}, _EMBEDDED)
+        and places == (_ID, _ROOT, _PARENT, _REPLY_TO, _ID)
+        and headers["eta"] is headers["expires"] is None
+        and not headers["stamped_headers"]
+        and not published["compression"]
+        and isinstance(published["exchange"], str)
+        and isinstance(published["routing_key"], str)
+    )
+    if not is_common:
+        return None
+    delivery_mode = maybe_delivery_mode(published["delivery_mode"])
+    return MessageTemplate(
+        task=task,
+        headers=headers,
+        properties={"correlation_id": _ID, "reply_to": _REPLY_TO, "delivery_mode": delivery_mode},
+        exchange=published["exchange"],
+        routing_key=published["routing_key"],
+        priority=published.get("priority", 0),
+        serializer=published["serializer"],
+        repr_levels=repr_levels,
+        retry_policy=published["retry_policy"] if published["retry"] else None,
+        declare=tuple(published["declare"] or ()),
+    )
+
+
+def _is_defined_in(function: Any, module: str) -> bool:
+    """Whether a function is a module's own: one that wraps it says that it is, and has another module's globals."""
+    function = getattr(function, "__func__", function)
+    return getattr(function, "__globals__", None) is vars(sys.modules[module])
+
+
+def to_repr(value: Any, max_length: int, levels: int) -> str:
+    """Render arguments as Celery's ``saferepr`` does; those of plain values at a tenth of its cost."""
+    if type(value) is tuple:
+        parts = [_to_flat_repr(item) for item in value]
+        if None not in parts:
+            text = f"({parts[0]},)" if len(parts) == 1 else f"({', '.join(parts)})"  # type: ignore[arg-type]  # no None in it
+            if len(text) < max_length:
+                return text
+    return str(saferepr(value, max_length, maxlevels=levels))
+
+
+def _to_flat_repr(item: Any) -> str | None:
+    if type(item) is str:
+        quoted = item.replace("'", "\\'")
+        return f"'{quoted}'"
+    return str(item) if type(item) in _FLAT else None

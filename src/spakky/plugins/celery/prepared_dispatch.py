@@ -1,0 +1,94 @@
+"""Owns how prepared messages reach the broker: on the caller's own thread, on a publishing thread, or by the batch.
+
+Makes no message, and knows no task. A message goes out on the thread that dispatches it where a link is open whose
+sockets keep the publish timeout by themselves. Opening a connection takes many steps, so that a publishing thread does
+it, as it does what a lost connection needs.
+"""
+
+import time
+from functools import partial
+from typing import Final
+
+from kombu.exceptions import KombuError, OperationalError
+
+from spakky.plugins.celery.batch import Batch
+from spakky.plugins.celery.message_templates import WireMessage
+from spakky.plugins.celery.producer_connections import ProducerConnections
+from spakky.plugins.celery.publisher import Publisher, PublishTimeoutError
+
+__all__ = ["PreparedDispatch"]
+
+_SMALL_BODY: Final = 64 * 1024
+"""Bytes that a socket takes at once: more may wait for the broker, and then once more for its answer."""
+
+
+class PreparedDispatch:
+    """Sends prepared messages through the links of one application: one instance per application and process."""
+
+    def __init__(self, producers: ProducerConnections, publisher: Publisher) -> None:
+        """Open and start nothing yet.
+
+        Args:
+            producers: The links.
+            publisher: Threads for what may block.
+        """
+        self._producers = producers
+        self._publisher = publisher
+
+    def publish(self, message: WireMessage, timeout_s: float) -> None:
+        """Send one message, and block until the broker has it.
+
+        Raises:
+            PublishTimeoutError: If that has taken ``timeout_s`` seconds; the message may be sent all the same.
+            kombu.exceptions.KombuError: What the transport raised, when Celery's retry policy is used up.
+        """
+        deadline = time.monotonic() + timeout_s
+        batch = Batch((message,), (deadline,))
+        if len(message.body) <= _SMALL_BODY:
+            self._send_here(batch, message, timeout_s)
+        if batch.unsent:
+            self._publisher.call(partial(self.send, batch, timeout_s), deadline - time.monotonic())
+        for error in batch.errors.values():
+            raise _to_publish_error(error)
+
+    def send(self, batch: Batch, timeout_s: float) -> None:
+        """Send a batch as Celery's retry policy says, on this thread, however long that takes.
+
+        Raises:
+            kombu.exceptions.KombuError: What the transport raised; the batch knows what is left.
+        """
+        templates = list({message.template: None for message in batch.unsent.values()})
+        policy = templates[0].retry_policy
+        with self._producers.acquire(timeout_s) as link:
+
+            def send_once() -> None:
+                for template in templates:
+                    link.get_ready_for(template)
+                batch.drop_overdue()
+                if batch.unsent:
+                    link.send(batch)
+
+            if policy is None:
+                send_once()
+            else:
+                link.connection.ensure(link, send_once, **policy)()
+        batch.errors = {place: _to_publish_error(error) for place, error in batch.errors.items()}
+
+    def _send_here(self, batch: Batch, message: WireMessage, timeout_s: float) -> None:
+        """Send on this thread, if there is a link for it; what a lost connection leaves is left in the batch."""
+        try:
+            with self._producers.acquire_ready(message.template, timeout_s) as link:
+                if link is not None:
+                    link.send(batch)
+        except Exception as error:
+            if message.template.retry_policy is None or time.monotonic() >= batch.deadline:
+                raise _to_publish_error(error) from error
+
+
+def _to_publish_error(error: Exception) -> Exception:
+    """Give the errors of all transports one class, as kombu does around its own publish."""
+    return (
+        error
+        if isinstance(error, KombuError | PublishTimeoutError)
+        else OperationalError(str(error) or type(error).__name__)
+    )
