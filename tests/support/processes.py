@@ -14,6 +14,8 @@ TESTS = Path(__file__).parent.parent
 SPAKKY_CELERY = str(Path(sys.executable).parent / "spakky-celery")
 CELERY = str(Path(sys.executable).parent / "celery")
 READY = " ready."
+MOST_SHOWN = 20_000
+"""Characters of what a worker under load has printed: the last ones tell."""
 
 
 class Process:
@@ -69,7 +71,7 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 30, describe:
     """Wait for a condition that another process brings about."""
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, f"did not happen within {timeout_s} s: {describe()}"
+        assert time.monotonic() < deadline, f"did not happen within {timeout_s} s: {describe()[-MOST_SHOWN:]}"
         time.sleep(0.02)
 
 
