@@ -19,7 +19,7 @@ lint: .venv/.ready  ## Ruff
 	$(BIN)/ruff format --check .
 
 types: .venv/.ready  ## mypy --strict and pyright
-	$(BIN)/mypy src examples/typed_calls/app.py
+	$(BIN)/mypy src examples/typed_calls
 	$(BIN)/pyright
 	$(BIN)/pytest -q -n 2 tests/typing
 

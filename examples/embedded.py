@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kombu import Connection
+from kombu.connection import Connection
 
 COMMAND = str(Path(sys.executable).parent / "spakky-celery")
 

@@ -24,7 +24,7 @@ from celery import Celery
 
 from spakky.plugins.celery.dispatch import TaskDispatcher
 from support.fixtures import bench, celery_of
-from support.soak_app import RETRYING, Load, create_app
+from support.soak_app import Load, create_app
 
 WARM_UP_SHARE = 0.1
 MOST_GROWTH = 1.05
@@ -142,8 +142,6 @@ def load(started: Any, seconds: float, rate: float) -> tuple[Account, list[Sampl
 
 def dispatch(started: Any, kind: str, number: int) -> str:
     """Dispatch one task of a kind, and give its id."""
-    if kind == "retrying":
-        return str(celery_of(started.client).send_task(RETRYING, [number]).id)
     method = getattr(started.get(Load), kind)
     return str(started.get(TaskDispatcher).dispatch(method, number).task_id)
 

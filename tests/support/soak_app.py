@@ -2,22 +2,18 @@
 
 import asyncio
 import threading
-from typing import Any, override
 
-from celery import Celery
+from celery import current_task
 from spakky.core.application.application import SpakkyApplication
-from spakky.core.pod.annotations.pod import Pod
 from spakky.task import TaskHandler, task
 
-from spakky.plugins.celery.common.customizer import CeleryCustomizer
+from spakky.plugins.celery.options import RetryPolicy, task_options
 from support.probe import build
-
-RETRYING = "soak.retrying"
 
 
 @TaskHandler()
 class Load:
-    """Tasks that end in each way; those of plain Celery below retry."""
+    """Tasks that end in each way."""
 
     @task
     async def succeed(self, number: int) -> int:
@@ -43,24 +39,18 @@ class Load:
         return number
 
     @task
+    @task_options(retry=RetryPolicy(max_retries=1, backoff=0, jitter=False))
+    async def retrying(self, number: int) -> int:
+        await asyncio.sleep(0.01)
+        if current_task.request.retries == 0:
+            raise ConnectionError(number)
+        return number
+
+    @task
     async def count(self) -> dict[str, int]:
         """Count what this process has."""
         return {"asyncio tasks": len(asyncio.all_tasks()), "threads": threading.active_count()}
 
 
-@Pod()
-class PlainTasks(CeleryCustomizer):
-    """A plain ``async def`` Celery task that retries once."""
-
-    @override
-    def customize(self, celery: Celery) -> None:
-        @celery.task(bind=True, name=RETRYING, shared=False, max_retries=1)
-        async def retry_once(self: Any, number: int) -> int:
-            await asyncio.sleep(0.01)
-            if self.request.retries == 0:
-                raise self.retry(countdown=0)
-            return number
-
-
 def create_app() -> SpakkyApplication:
-    return build(Load, PlainTasks)
+    return build(Load)
