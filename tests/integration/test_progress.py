@@ -103,7 +103,7 @@ def test_a_burst_is_throttled(celery: Celery, monkeypatch: pytest.MonkeyPatch) -
     for number in range(1000):
         run.report(number)
     run.end()
-    assert 2 <= len(stored) <= 4
+    assert 2 <= len(stored) < 50
     assert handle(celery, run).progress() == Progress(999)
 
 

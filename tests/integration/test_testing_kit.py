@@ -306,6 +306,8 @@ def test_dispatches_inside_of_inline_runs_run_inline_too(
     with run_inline(app):
         assert tasks.dispatch(kit.fan_out, orders).get() == ["SUCCESS"] * 40
         assert tasks.dispatch(kit.fan_out_async, orders).get() == ORDER.price * 40
+        assert tasks.dispatch(kit.fan_out_twice, [ORDER] * 100).get() == ORDER.price * 100
+        assert tasks.dispatch(kit.fan_out_looks, 40).get() == 40
         assert tasks.dispatch(kit.fan_out_blocking, orders).get() == ["SUCCESS"] * 2
         assert tasks.dispatch(kit.call_inline, ORDER).get() is True
         with pytest.raises(TaskResultWaitInRunError, match="get_async"):
@@ -348,6 +350,17 @@ def test_a_worker_inside_of_the_test_has_no_children(app: SpakkyApplication) -> 
     pool: Any = "prefork"
     with pytest.raises(UnsupportedWorkerOptionError, match="asyncio, threads, solo"), running_worker(app, pool):
         pass
+
+
+def test_a_worker_that_does_not_start(app: SpakkyApplication, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test gets the error, and does not wait for a worker that is not there."""
+
+    def fail(_pool: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("spakky.plugins.celery.worker.pool.AsyncioPool.on_start", fail)
+    with pytest.raises(ZeroDivisionError), running_worker(app):
+        pytest.fail("the block must not be entered")
 
 
 def test_eager_tasks_are_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:

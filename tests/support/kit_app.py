@@ -112,7 +112,8 @@ class Kit:
     @task
     async def look_async(self) -> dict[str, Any]:
         loop = id(asyncio.get_running_loop())
-        found = {"seen": SEEN.get(), "current": current_task.name, "id": current_run().task_id, "loop": loop}
+        await asyncio.sleep(0.02)  # others begin meanwhile
+        found = {"seen": SEEN.get(), "current": current_task.name, "id": current_task.request.id, "loop": loop}
         SEEN.set("body")
         return found
 
@@ -125,6 +126,18 @@ class Kit:
     async def fan_out_async(self, orders: list[Order]) -> Decimal:
         results = await asyncio.gather(*(self._tasks.dispatch_async(self.price_async, order) for order in orders))
         return sum([await result.get_async() for result in results], Decimal(0))
+
+    @task
+    async def fan_out_twice(self, orders: list[Order]) -> Decimal:
+        results = await asyncio.gather(*(self._tasks.dispatch_async(self.fan_out_async, [order]) for order in orders))
+        return sum([await result.get_async() for result in results], Decimal(0))
+
+    @task
+    async def fan_out_looks(self, count: int) -> int:
+        """Dispatch side by side what tells its run; give how many have told their own."""
+        results = await asyncio.gather(*(self._tasks.dispatch_async(self.look_async) for _ in range(count)))
+        found = [(await result.get_async(), result.task_id) for result in results]
+        return sum(look["id"] == id_ and look["current"].endswith(".look_async") for look, id_ in found)
 
     @task
     async def fan_out_blocking(self, orders: list[Order]) -> list[str]:

@@ -194,13 +194,18 @@ class TaskSender:
         options: Mapping[str, Any] = _NO_OPTIONS,
     ) -> CeleryTaskResult[Any]:
         """Same as ``send``, but the event loop goes on meanwhile."""
+        if self.outlet is not None:  # it may run the task: an admission that is kept so long would keep others out
+            envelope = self._prepare(bound, args, kwargs, options)
+            if not self._defer([envelope], options):
+                await self._divert_async([envelope])
+            return self._to_handle(self._make_result(envelope), envelope)
         try:
             ticket = await self._outbox.admit()
         except PublishTimeoutError:
             raise self._to_timeout_error(bound.method) from None
         with ticket:
             envelope = self._prepare(bound, args, kwargs, options)
-            if self._defer([envelope], options) or await self._divert_async([envelope]):
+            if self._defer([envelope], options):
                 return self._to_handle(self._make_result(envelope), envelope)
             with self._translating(envelope):
                 if envelope.message is None:

@@ -3,7 +3,8 @@
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, Literal
+from logging import getLogger
+from typing import Any, Final, Literal, cast
 
 from celery import Celery, _state
 from celery.result import allow_join_result
@@ -19,6 +20,8 @@ from spakky.plugins.celery.testing.diversion import DivertedTaskResult, divertin
 from spakky.plugins.celery.testing.memory_transport import MEMORY_TRANSPORT, make_options
 
 __all__ = ["running_worker"]
+
+logger = getLogger(__name__)
 
 _POOLS: Final = {"asyncio": (ASYNCIO_POOL, DEFAULT_CONCURRENCY), "threads": ("threads", 4), "solo": ("solo", 1)}
 """Each pool, and how many tasks it runs at a time."""
@@ -45,6 +48,7 @@ def running_worker(
     Raises:
         ApplicationNotStartedError: If it is not started.
         UnsupportedWorkerOptionError: If the pool is another one.
+        Exception: What kept the worker from starting.
     """
     sender = find_sender(app, "running_worker")
     if pool not in _POOLS:
@@ -84,14 +88,27 @@ class _WorkerOutlet:
 
 
 class _Worker(WorkController):  # type: ignore[misc]  # the host ships no types
-    """A worker that says when it consumes; unlike Celery's command it leaves logging and signals alone."""
+    """A worker that says when it consumes, or why not; unlike Celery's command it leaves logging and signals alone."""
 
     def __init__(self, **options: Any) -> None:
-        self.is_ready = threading.Event()
+        self.has_begun = threading.Event()
+        self.error: Exception | None = None
         super().__init__(**options)
 
     def on_consumer_ready(self, consumer: object) -> None:  # noqa: ARG002  # the host's signature
-        self.is_ready.set()
+        self.has_begun.set()
+
+    def work(self) -> None:
+        """Work until it is told to stop; the thread of the test that waits gets what goes wrong before."""
+        try:
+            cast("Any", self.blueprint).start(self)
+        except SystemExit:
+            self.stop()
+        except Exception as error:  # noqa: BLE001  # whatever it is belongs to who waits
+            self.error = error
+            self.stop()
+        finally:
+            self.has_begun.set()
 
 
 @contextmanager
@@ -100,15 +117,19 @@ def _working(celery: Celery, pool: str, concurrency: int) -> Iterator[None]:
     options = {"without_gossip": True, "without_mingle": True, "without_heartbeat": True}
     with _as_default(celery), allow_join_result():
         worker = _Worker(app=celery, hostname=name, pool=pool, concurrency=concurrency, **options)
-        thread = threading.Thread(target=worker.start, name="spakky-celery-testing-worker", daemon=True)
+        thread = threading.Thread(target=worker.work, name="spakky-celery-testing-worker", daemon=True)
         thread.start()
-        worker.is_ready.wait(_LONGEST_STOP_S)
+        worker.has_begun.wait()
+        if worker.error is not None:
+            raise worker.error
         try:
             with allow_join_result():  # a worker tells its whole process that nobody may wait
                 yield
         finally:
             celery.control.shutdown(destination=[name])
             thread.join(_LONGEST_STOP_S)
+            if thread.is_alive():
+                logger.warning("The test's worker has not ended within %s s: a task of it still runs", _LONGEST_STOP_S)
 
 
 @contextmanager
