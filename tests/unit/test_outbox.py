@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, cast
 
 import pytest
@@ -41,6 +42,11 @@ class Broker:
     def let_go(self) -> None:
         self._open.set()
 
+    def hold_up_the_next(self) -> None:
+        """Let go of the batch that is held up, and not of the one after it."""
+        self._open, held = threading.Event(), self._open
+        held.set()
+
     def send(self, batch: Batch) -> None:
         self.entered.set()
         assert self._open.wait(LONG_S)
@@ -75,7 +81,8 @@ def outbox(publisher: Publisher, broker: Broker) -> Outbox:
 
 
 async def dispatch(outbox: Outbox, message: Any) -> None:
-    with await outbox.admit() as ticket:
+    with outbox.open() as ticket:
+        await ticket.wait_for_admission()
         await outbox.post(ticket, cast("WireMessage", message))
 
 
@@ -113,7 +120,8 @@ async def test_few_are_under_way_at_a_time(outbox: Outbox, broker: Broker) -> No
     admitted: list[int] = []
 
     async def call(number: int) -> None:
-        with await outbox.admit() as ticket:
+        with outbox.open() as ticket:
+            await ticket.wait_for_admission()
             admitted.append(number)
             await outbox.post(ticket, cast("WireMessage", number))
 
@@ -164,6 +172,29 @@ async def test_what_has_timed_out_is_not_sent(publisher: Publisher, broker: Brok
     assert broker.sent == ["next"]
 
 
+async def test_who_asked_first_is_given_up_first(publisher: Publisher, broker: Broker) -> None:
+    """A message that had to wait for admission has its time from the beginning: it does not come after later ones."""
+    outbox = Outbox(publisher, broker.send, 0.6)
+    given_up: list[str] = []
+
+    async def call(name: str) -> None:
+        try:
+            await dispatch(outbox, name)
+        except PublishTimeoutError:
+            given_up.append(name)
+
+    broker.hold_up()
+    first = [asyncio.create_task(dispatch(outbox, number)) for number in range(outbox_module._ADMITTED)]
+    await wait_for(broker.entered)
+    early = asyncio.create_task(call("early"))
+    await asyncio.sleep(0.2)
+    late = [asyncio.create_task(call("late")) for _ in range(outbox_module._ADMITTED)]
+    await settle()
+    broker.hold_up_the_next()
+    await asyncio.gather(*first, early, *late)
+    assert given_up == ["early", *["late"] * len(late)]
+
+
 async def test_cancelled_coroutines_send_nothing_and_free_their_places(outbox: Outbox, broker: Broker) -> None:
     """Coroutines that are cancelled in the queue, or before they are admitted, send nothing, ever."""
     broker.hold_up()
@@ -183,7 +214,8 @@ async def test_cancelled_coroutines_send_nothing_and_free_their_places(outbox: O
 async def test_what_posts_nothing_frees_its_place(outbox: Outbox, broker: Broker) -> None:
     """An admission that ends in an error, again and again, uses nothing up."""
     for _ in range(3 * outbox_module._ADMITTED):
-        with pytest.raises(AbruptEnd), await outbox.admit():
+        with suppress(AbruptEnd), outbox.open() as ticket:
+            await ticket.wait_for_admission()
             raise AbruptEnd
     await dispatch(outbox, "right")
     assert broker.sent == ["right"]

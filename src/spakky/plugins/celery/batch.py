@@ -62,12 +62,12 @@ class Batch:
     def count_unknown(self) -> int:
         """Count the messages from there on up to the last that the broker has, or may have."""
         first = self.count_sent()
-        doubtful = [
-            place
-            for place in range(first, self._total)
-            if place not in self.errors and (place not in self.unsent or place <= self._written)
-        ]
-        return max(doubtful) + 1 - first if doubtful else 0
+        return max((place + 1 - first for place in range(first, self._total) if self._may_be_sent(place)), default=0)
+
+    def _may_be_sent(self, place: int) -> bool:
+        if place in self.unsent or isinstance(self.errors.get(place), PublishTimeoutError):
+            return place <= self._written
+        return place not in self.errors
 
 
 class BatchProgress:

@@ -199,11 +199,11 @@ class TaskSender:
             if not self._defer([envelope], options):
                 await self._divert_async([envelope])
             return self._to_handle(self._make_result(envelope), envelope)
-        try:
-            ticket = await self._outbox.admit()
-        except PublishTimeoutError:
-            raise self._to_timeout_error(bound.method) from None
-        with ticket:
+        with self._outbox.open() as ticket:
+            try:
+                await ticket.wait_for_admission()
+            except PublishTimeoutError:
+                raise self._to_timeout_error(bound.method) from None
             envelope = self._prepare(bound, args, kwargs, options)
             if self._defer([envelope], options):
                 return self._to_handle(self._make_result(envelope), envelope)
@@ -349,7 +349,7 @@ class TaskSender:
     def load(self) -> None:
         """Import the libraries of broker and result back end, so that the first dispatch stalls no event loop."""
         self._producers.load_transport()
-        _ = self.celery.backend
+        _ = self.celery.backend, self.celery.events.Dispatcher  # Celery makes one to publish its first message
 
     def close(self) -> None:
         """Close the broker connections and let the publishing threads end. A later dispatch opens them again."""

@@ -29,35 +29,63 @@ _STUCK_S: Final = 1.0
 
 
 class Ticket:
-    """Admission of one message of one event loop."""
+    """Admission of one message of one event loop; a context manager, after which nobody waits for it."""
 
-    __slots__ = ("deadline", "future", "is_posted", "lane", "message")
+    __slots__ = ("_is_admitted", "_is_posted", "deadline", "lane", "message", "waited_for")
 
     message: WireMessage
-    future: "asyncio.Future[None]"
+    waited_for: "asyncio.Future[None]"
+    """What its coroutine waits for: admission first, then the broker."""
 
     def __init__(self, lane: "_Lane", deadline: float) -> None:
         self.lane = lane
         self.deadline = deadline
-        self.is_posted = False
+        self._is_admitted = self._is_posted = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         """Let the next one in, if this one has sent nothing after all."""
-        if not self.is_posted:
-            self.give_back()
-
-    def give_back(self) -> None:
-        """Let the next one in; on the loop's thread."""
-        self.lane.free += 1
-        self.lane.let_in()
+        self.lane.tickets.pop(self, None)
+        if self._is_admitted and not self._is_posted:
+            self.lane.give_back()
 
     @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The loop that waits."""
-        return self.lane.loop
+    def is_over(self) -> bool:
+        """Whether nobody waits any more."""
+        return self.waited_for.done()
+
+    async def wait_for_admission(self) -> None:
+        """Wait until a message may be made, in the order in which it was asked for."""
+        if not self.lane.admits_at_once():
+            self.waited_for = self.lane.loop.create_future()
+            self.lane.waiting.append(self)
+            await self.waited_for
+        self._is_admitted = True
+
+    def admit(self) -> bool:
+        """Let its coroutine go on, if that still waits."""
+        if self.waited_for.done():
+            return False
+        self._is_admitted = True
+        self.waited_for.set_result(None)
+        return True
+
+    def post(self, message: WireMessage) -> None:
+        """Say what is to be sent."""
+        self.message = message
+        self._is_posted = True
+        self.waited_for = self.lane.loop.create_future()
+
+    def end(self, error: BaseException | None) -> None:
+        """Tell its coroutine what became of the message, if that still waits."""
+        if self.waited_for.done():
+            return
+        if error is None:
+            self.waited_for.set_result(None)
+        else:
+            self.waited_for.set_exception(error)
 
 
 class _Lane:
@@ -65,46 +93,34 @@ class _Lane:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.free = _ADMITTED
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self.waiting: deque[Ticket] = deque()
+        """Those that are not admitted yet."""
         self.posted: list[Ticket] = []
         """What was posted in this turn of the loop."""
-        self._deadlines: dict[asyncio.Future[None], float] = {}
+        self.tickets: dict[Ticket, None] = {}
+        """All of them, in the order of their deadlines."""
+        self._free = _ADMITTED
         self._timer: asyncio.TimerHandle | None = None
 
-    def let_in(self) -> None:
-        """Admit who has waited longest."""
-        while self.free and self._waiting:
-            future = self._waiting.popleft()
-            if not future.done():
-                self.free -= 1
-                future.set_result(None)
-
-    async def admit(self, deadline: float) -> Ticket:
-        """Wait for admission, in the order in which it was asked for."""
-        if self.free and not self._waiting:
-            self.free -= 1
-            return Ticket(self, deadline)
-        future = self.loop.create_future()
-        self._waiting.append(future)
-        ticket = Ticket(self, deadline)
-        try:
-            await self.wait(future, deadline)
-        except BaseException:
-            if future.done() and not future.cancelled() and future.exception() is None:
-                ticket.give_back()  # admitted in the very moment in which it was cancelled
-            raise
-        return ticket
-
-    async def wait(self, future: "asyncio.Future[None]", deadline: float) -> None:
-        """Wait until a monotonic time at most; one timer serves all, because their deadlines come in order."""
-        self._deadlines[future] = deadline
+    def add(self, ticket: Ticket) -> None:
+        """Watch over a ticket's deadline; one timer serves all."""
+        self.tickets[ticket] = None
         if self._timer is None:
-            self._set_timer(deadline)
-        try:
-            await future
-        finally:
-            del self._deadlines[future]
+            self._set_timer(ticket.deadline)
+
+    def admits_at_once(self) -> bool:
+        """Take a free place, if there is one that nobody waits for."""
+        if not self._free or self.waiting:
+            return False
+        self._free -= 1
+        return True
+
+    def give_back(self) -> None:
+        """Give back a place, and admit who has waited longest."""
+        self._free += 1
+        while self._free and self.waiting:
+            if self.waiting.popleft().admit():
+                self._free -= 1
 
     def _set_timer(self, deadline: float) -> None:
         self._timer = self.loop.call_later(deadline - time.monotonic(), self._expire)
@@ -112,12 +128,11 @@ class _Lane:
     def _expire(self) -> None:
         self._timer = None
         now = time.monotonic()
-        for future, deadline in self._deadlines.items():
-            if deadline > now:
-                self._set_timer(deadline)
+        for ticket in self.tickets:
+            if ticket.deadline > now:
+                self._set_timer(ticket.deadline)
                 return
-            if not future.done():
-                future.set_exception(PublishTimeoutError())
+            ticket.end(PublishTimeoutError())
 
 
 class Outbox:
@@ -134,38 +149,34 @@ class Outbox:
         self._publisher = publisher
         self._send = send
         self._timeout_s = timeout_s
-        self.lanes: WeakKeyDictionary[asyncio.AbstractEventLoop, _Lane] = WeakKeyDictionary()
-        self.lanes_lock = threading.Lock()
+        self._lanes: WeakKeyDictionary[asyncio.AbstractEventLoop, _Lane] = WeakKeyDictionary()
         self._reset()
 
-    async def admit(self) -> Ticket:
-        """Wait until a message may be made, which ``post`` then sends; its time runs from here.
-
-        Raises:
-            PublishTimeoutError: If there was no room in time.
-        """
+    def open(self) -> Ticket:
+        """Ask for admission: the time of a message runs from here."""
         loop = asyncio.get_running_loop()
-        lane = self.lanes.get(loop)
+        lane = self._lanes.get(loop)
         if lane is None:
-            with self.lanes_lock:
-                lane = self.lanes.setdefault(loop, _Lane(loop))
-        return await lane.admit(time.monotonic() + self._timeout_s)
+            lane = self._lanes.setdefault(loop, _Lane(loop))
+        ticket = Ticket(lane, time.monotonic() + self._timeout_s)
+        lane.add(ticket)
+        return ticket
 
     async def post(self, ticket: Ticket, message: WireMessage) -> None:
-        """Have a message sent, and wait until the broker has it.
+        """Have an admitted message sent, and wait until the broker has it.
 
         Raises:
             PublishTimeoutError: If that has taken too long; what is not under way then is never sent.
             Exception: What the transport raised.
         """
-        ticket.message = message
-        ticket.is_posted = True
-        ticket.future = ticket.loop.create_future()
+        if time.monotonic() >= ticket.deadline:
+            raise PublishTimeoutError
+        ticket.post(message)
         lane = ticket.lane
         if not lane.posted:
-            ticket.loop.call_soon(self._collect, lane)
+            lane.loop.call_soon(self._collect, lane)
         lane.posted.append(ticket)
-        await lane.wait(ticket.future, ticket.deadline)
+        await ticket.waited_for
 
     def _reset(self) -> None:
         self._pid = os.getpid()
@@ -206,7 +217,7 @@ class Outbox:
 
 def _send_tickets(tickets: Sequence[Ticket], send: Callable[[Batch], None]) -> None:
     """Send what is still wanted, and tell each loop about its own."""
-    wanted = [ticket for ticket in tickets if not ticket.future.done()]
+    wanted = [ticket for ticket in tickets if not ticket.is_over]
     batch = Batch([ticket.message for ticket in wanted], [ticket.deadline for ticket in wanted])
     error: BaseException | None = None
     try:
@@ -217,25 +228,16 @@ def _send_tickets(tickets: Sequence[Ticket], send: Callable[[Batch], None]) -> N
     outcomes: dict[Ticket, BaseException | None] = dict.fromkeys(tickets)
     for place, ticket in enumerate(wanted):
         outcomes[ticket] = batch.errors.get(place) or (error if place in batch.unsent else None)
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, BaseException | None]]] = {}
-    for ticket, outcome in outcomes.items():
-        by_loop.setdefault(ticket.loop, []).append((ticket, outcome))
-    for loop, own in by_loop.items():
-        _tell(loop, own)
+    for lane in {ticket.lane: None for ticket in tickets}:
+        _tell(lane, [(ticket, outcome) for ticket, outcome in outcomes.items() if ticket.lane is lane])
 
 
-def _tell(loop: asyncio.AbstractEventLoop, outcomes: Sequence[tuple[Ticket, BaseException | None]]) -> None:
+def _tell(lane: _Lane, outcomes: Sequence[tuple[Ticket, BaseException | None]]) -> None:
     with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-        loop.call_soon_threadsafe(_resolve, outcomes)
+        lane.loop.call_soon_threadsafe(_end_all, lane, outcomes)
 
 
-def _resolve(outcomes: Sequence[tuple[Ticket, BaseException | None]]) -> None:
+def _end_all(lane: _Lane, outcomes: Sequence[tuple[Ticket, BaseException | None]]) -> None:
     for ticket, outcome in outcomes:
-        ticket.give_back()
-        future = ticket.future
-        if future.done():
-            continue
-        if outcome is None:
-            future.set_result(None)
-        else:
-            future.set_exception(outcome)
+        lane.give_back()
+        ticket.end(outcome)

@@ -81,14 +81,15 @@ class PreparedDispatch:
                 if link is not None:
                     link.send(batch)
         except Exception as error:
-            if message.template.retry_policy is None or time.monotonic() >= batch.deadline:
-                raise _to_publish_error(error) from error
+            if message.template.retry_policy is not None and time.monotonic() < batch.deadline:
+                return
+            if isinstance(error, KombuError):
+                raise
+            raise _to_publish_error(error) from error
 
 
 def _to_publish_error(error: Exception) -> Exception:
     """Give the errors of all transports one class, as kombu does around its own publish."""
-    return (
-        error
-        if isinstance(error, KombuError | PublishTimeoutError)
-        else OperationalError(str(error) or type(error).__name__)
-    )
+    if isinstance(error, KombuError | PublishTimeoutError):
+        return error
+    return OperationalError(str(error) or type(error).__name__)
