@@ -62,7 +62,7 @@ from spakky.plugins.celery.error import (
     TaskMessageTooLargeError,
     TaskNotEncodableError,
 )
-from spakky.plugins.celery.message_templates import MessageTemplates, WireMessage
+from spakky.plugins.celery.message_templates import MessageTemplate, MessageTemplates, WireMessage
 from spakky.plugins.celery.options import (
     CallOptions,
     merge_options,
@@ -364,7 +364,9 @@ class TaskSender:
         call_options: Mapping[str, Any],
     ) -> _Envelope:
         arguments = self._encode(bound.method, args, kwargs)
-        return self._fill(self._open(bound, call_options), arguments)
+        common = self._open(bound, call_options)
+        with self._translating(common):
+            return self._fill(common, self._find_template(common), arguments)
 
     def _encode(self, method: TaskMethod, args: tuple[object, ...], kwargs: dict[str, object]) -> _Arguments:
         """Check the arguments of one message, and make wire values of them."""
@@ -397,8 +399,8 @@ class TaskSender:
             message=None,
         )
 
-    def _fill(self, common: _Envelope, arguments: _Arguments) -> _Envelope:
-        """Make the envelope of one message."""
+    def _fill(self, common: _Envelope, template: MessageTemplate | None, arguments: _Arguments) -> _Envelope:
+        """Make the envelope of one message, and the message itself where there is a template."""
         envelope = _Envelope(
             method=common.method,
             args=arguments.args,
@@ -411,8 +413,10 @@ class TaskSender:
             deadline=common.deadline,
             message=None,
         )
-        with self._translating(envelope):
-            envelope.message = self._make_message(envelope)
+        if template is not None and not arguments.reprs:
+            headers = {**common.headers, "ignore_result": common.ignore_result}
+            options = {**common.options, "task_id": envelope.task_id}
+            envelope.message = self._templates.fill(template, arguments.args, arguments.kwargs, headers, options)
         return envelope
 
     def _prepare_many(
@@ -422,12 +426,16 @@ class TaskSender:
         options: Mapping[str, Any],
     ) -> list[_Envelope]:
         envelopes: list[_Envelope] = []
-        common = None
+        common = template = None
         for position, args in enumerate(calls):
             try:
                 arguments = self._encode(bound.method, args, {})
-                common = common or self._open(bound, options)
-                envelope = self._fill(common, arguments)
+                if common is None:
+                    common = self._open(bound, options)
+                    with self._translating(common):
+                        template = self._find_template(common)
+                with self._translating(common):
+                    envelope = self._fill(common, template, arguments)
                 self._check_encodable(envelope)
             except AbstractSpakkyCeleryError as error:
                 error.add_note(f"It is call {position} of the batch, counted from 0; none was sent.")
@@ -567,21 +575,11 @@ class TaskSender:
     def _is_preparing(self) -> bool:
         return self.catalog is not None and bool(self.celery.conf.get(PREPARED_DISPATCH_SETTING, True))
 
-    def _make_message(self, envelope: _Envelope) -> WireMessage | None:
-        """Make the message without Celery's help, or None where that cannot be sure to make the same."""
-        if (
-            not self._is_preparing
-            or self.outlet is not None
-            or envelope.reply_queue is not None
-            or not _are_small(envelope.headers)
-        ):
+    def _find_template(self, common: _Envelope) -> MessageTemplate | None:
+        """Find what makes messages without Celery's help, or None where that cannot be sure to make the same."""
+        if not self._is_preparing or self.outlet is not None or common.reply_queue is not None:
             return None
-        template = self._templates.find(envelope.method.name, envelope.options)
-        if template is None:
-            return None
-        headers = {**envelope.headers, "ignore_result": envelope.ignore_result}
-        options = {**envelope.options, "task_id": envelope.task_id}
-        return self._templates.fill(template, envelope.args, envelope.kwargs, headers, options)
+        return self._templates.find(common.method.name, common.options) if _are_small(common.headers) else None
 
     def _to_handle(self, result: AsyncResult, envelope: _Envelope) -> CeleryTaskResult[Any]:
         """Wrap a result, to be waited for over the connections of the caller's thread: Celery has some per thread."""
