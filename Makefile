@@ -54,7 +54,7 @@ fix: .venv/.ready  ## Let ruff repair what it can
 cover: .venv/.ready  ## Branch coverage of the package, also in the workers that tests start, at least 95 %
 	rm -f .coverage .coverage.*
 	$(BIN)/coverage run -m pytest -q -n 2 -m "not long" tests/unit tests/contract tests/integration
-	$(BIN)/coverage run -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m long
+	$(BIN)/coverage run -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m long
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report --fail-under=95
 

@@ -67,7 +67,7 @@ def make_environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(TESTS), "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "default", **extra}
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 30, describe: Callable[[], str] = str) -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float = 60, describe: Callable[[], str] = str) -> None:
     """Wait for a condition that another process brings about."""
     deadline = time.monotonic() + timeout_s
     while not condition():
