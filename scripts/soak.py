@@ -173,6 +173,8 @@ def report(
     leaked = after["asyncio tasks"] - before["asyncio tasks"]
     number = account.kinds.total()
     print(f"accounted for: {number - len(account.wrong)} of {number}; {Counter(account.wrong.values())}")
+    tenths = [statistics.median(s.memory_kb for s in some) / 1024 for some in batched(warm, tenth)]
+    print(f"memory by tenths: {', '.join(f'{mb:.1f}' for mb in tenths)} MB")
     print(f"memory: {last[-1].memory_kb / 1024:.0f} MB, {growth - 1:+.1%} after the warm-up of {WARM_UP_SHARE:.0%}")
     print(
         f"threads: {last[-1].threads} ({threads:+d}); files: {last[-1].files} ({files:+d}); asyncio tasks: {leaked:+d}"

@@ -62,3 +62,11 @@ def test_a_run_whose_end_takes_long_holds_up_no_other(plain: tuple[Celery, Proce
     finally:
         file.touch()
     worker.wait_for(end)
+
+
+@pytest.mark.parametrize("name", ["look_back", "look_back_on_thread"])
+def test_a_retry_begins_when_the_run_before_has_ended(plain: tuple[Celery, Process], name: str) -> None:
+    """Otherwise the state RETRY of the first could be stored after, and over, the result of the second."""
+    client, _ = plain
+    results = [client.send_task(f"plain.{name}") for _ in range(3)]
+    assert [result.get(timeout=30) for result in results] == [True] * 3

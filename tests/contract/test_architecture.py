@@ -43,6 +43,7 @@ WORKER_LIFE = {
     "worker.masked_request",
     "worker.pool",
     "worker.job_threads",
+    "worker.turns",
 }
 VALUES = {
     "codec",

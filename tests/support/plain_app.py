@@ -49,6 +49,34 @@ async def held_up(_file: str) -> str:
     return "held up"
 
 
+class SlowlyRetried(Task):
+    """Celery takes long to account for a run that asks for another one."""
+
+    @override
+    def on_retry(self, exc: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
+        time.sleep(1)
+        accounted.append(task_id)
+
+
+accounted: list[str] = []
+
+
+@app.task(name="plain.look_back", base=SlowlyRetried, bind=True)
+async def look_back(self: Any) -> bool:
+    """Retry once, and tell whether the first run has been accounted for."""
+    await asyncio.sleep(0)
+    if self.request.retries == 0:
+        raise self.retry(countdown=0)
+    return self.request.id in accounted
+
+
+@app.task(name="plain.look_back_on_thread", base=SlowlyRetried, bind=True)
+def look_back_on_thread(self: Any) -> bool:
+    if self.request.retries == 0:
+        raise self.retry(countdown=0)
+    return self.request.id in accounted
+
+
 @app.task(name="plain.sync")
 def sync() -> int:
     return threading.get_ident()

@@ -32,6 +32,7 @@ from spakky.plugins.celery.error import UnsupportedWorkerOptionError
 from spakky.plugins.celery.worker.hub_calls import HubCalls
 from spakky.plugins.celery.worker.job_threads import JobThreads
 from spakky.plugins.celery.worker.loop_watch import LoopWatch
+from spakky.plugins.celery.worker.turns import Turns
 
 __all__ = ["AsyncioPool"]
 
@@ -81,6 +82,7 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
         self._runs: set[_Run] = set()
         self._admission = threading.Lock()
         self._waiting: deque[_Run] = deque()
+        self._turns = Turns()
         self._hub_calls = HubCalls()
         self._on_loop = 0
         self._own_loop: _LoopThread | None = None
@@ -129,16 +131,18 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
             soft_timeout or self.options.get("soft_timeout"),
             timeout or self.options.get("timeout"),
         )
+        if len(args) > 1:
+            run.task_id = args[1]
         if self._state != self.RUN:
             return run  # a delayed task fell due while the worker ends: its message goes back to the broker
         self._runs.add(run)
         task = self.app.tasks.get(args[0]) if args else None
         if task is not None and getattr(task, ASYNC_BODY_ATTRIBUTE, False):
             key_by_run(task.request_stack)
-            self._admit(run)
+            self._turns.begin(run.task_id, partial(self._admit, run))
         else:
             run.warn_of_time_limits(task)
-            self._threads.put(partial(self._run_in_thread, run))
+            self._turns.begin(run.task_id, partial(self._threads.put, partial(self._run_in_thread, run)))
         return run
 
     @override
@@ -146,6 +150,7 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
         """Wait for what runs, and meanwhile acknowledge what has ended; what only waits for its turn is dropped."""
         if _is_cold():
             return  # Celery calls this in its signal handler, anywhere in the hub; what it interrupted comes to an end
+        self._turns.clear()
         with self._admission:
             self._waiting.clear()
         while not _is_cold() and (self._hub_calls or any(run.is_accepted for run in tuple(self._runs))):
@@ -219,8 +224,9 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
         self.discard(run)
 
     def discard(self, run: "_Run") -> None:
-        """Forget a run that has ended."""
+        """Forget a run that has ended, and let the next one of its task begin."""
         self._runs.discard(run)
+        self._turns.end(run.task_id)
 
     def end_on_loop(self, run: "_Run") -> None:
         """Forget a run of an ``async def`` task, and let the next one begin."""
@@ -286,6 +292,7 @@ class _Run:
         soft_timeout: float | None,
         timeout: float | None,
     ) -> None:
+        self.task_id: object = self
         self.is_accepted = False
         self.is_on_loop = False
         self._pool = pool
