@@ -210,7 +210,7 @@ def test_a_batch_that_breaks_off_tells_how_far_it_came(monkeypatch: pytest.Monke
     parts = urlsplit(REDIS_URL)
     with cuttable_proxy(parts.hostname or "127.0.0.1", parts.port or 6379) as proxy:
         monkeypatch.setenv("SPAKKY_CELERY__BROKER_URL", f"redis://127.0.0.1:{proxy.port}{parts.path}")
-        monkeypatch.setenv("SPAKKY_CELERY__PUBLISH_TIMEOUT", "1.5")
+        monkeypatch.setenv("SPAKKY_CELERY__PUBLISH_TIMEOUT", "10")
         app = build(Mailer).start()
         queue = f"{celery_of(app).conf.task_default_queue}-letters"
         published: list[object] = []
