@@ -38,6 +38,7 @@ RUNNING = {"execution", "post_processor", "run_retry", "seal_check"}
 WORKER_LIFE = {
     "worker",
     "worker.lifecycle",
+    "worker.cold_shutdown",
     "worker.hub_calls",
     "worker.loop_watch",
     "worker.masked_request",

@@ -29,6 +29,7 @@ from spakky.plugins.celery.common.run_key import RUN_KEY, key_by_run
 from spakky.plugins.celery.common.task_body import SUSPEND, TaskBody, install_task_factory, run_awaitable
 from spakky.plugins.celery.common.task_loop import TaskLoop
 from spakky.plugins.celery.error import UnsupportedWorkerOptionError
+from spakky.plugins.celery.worker.cold_shutdown import defer_cold_shutdown
 from spakky.plugins.celery.worker.hub_calls import HubCalls
 from spakky.plugins.celery.worker.job_threads import JobThreads
 from spakky.plugins.celery.worker.loop_watch import LoopWatch
@@ -101,6 +102,7 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
         self.loop = _find_application_loop(self.app) or self._start_own_loop()
         warn_after_s = self.app.conf.get(BLOCKED_LOOP_SETTING, _DEFAULT_BLOCKED_LOOP_S)
         self._watch = LoopWatch(self.loop, warn_after_s)
+        defer_cold_shutdown(self._hub_calls)
 
     @override
     def register_with_event_loop(self, loop: Any) -> None:
@@ -148,8 +150,8 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
     @override
     def on_stop(self) -> None:
         """Wait for what runs, and meanwhile acknowledge what has ended; what only waits for its turn is dropped."""
-        if _is_cold():
-            return  # Celery calls this in its signal handler, anywhere in the hub; what it interrupted comes to an end
+        if _is_cold() and self._state == self.RUN:
+            return  # Celery's signal handler calls this, and so does, or is in it already, what it interrupted
         self._turns.clear()
         with self._admission:
             self._waiting.clear()
