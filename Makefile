@@ -3,6 +3,7 @@ export PYTHON
 # The tests start a hundred processes: where this is set, each compiles all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
+PYTEST = $(BIN)/pytest
 
 .PHONY: all help lint types fast test conformance demo bench soak chaos fuzz fix cover wheel clean
 
@@ -27,10 +28,10 @@ fast: .venv/.ready  ## Unit and contract tests
 	$(BIN)/pytest -q -n 2 -m "not slow" tests/unit tests/contract
 
 test: .venv/.ready  ## All tests; those that need a server skip where there is none
-	$(BIN)/pytest -q -n 8 --dist loadfile --no-loadscope-reorder -m "not long"
+	$(PYTEST) -q -n 8 --dist loadfile --no-loadscope-reorder -m "not long"
 
 conformance: .venv/.ready  ## The AsyncioPool against Celery's own semantics, outages and shutdowns, on real servers
-	$(BIN)/pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m long
+	$(PYTEST) -q -n 3 --dist loadfile --no-loadscope-reorder -m long
 
 bench: .venv/.ready  ## This package beside raw Celery, the published package, taskiq, arq and dramatiq: 40 minutes
 	$(BIN)/python benchmarks/bench.py --plot docs/performance.png --document docs/performance.md
@@ -51,10 +52,9 @@ fix: .venv/.ready  ## Let ruff repair what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-cover: .venv/.ready  ## Branch coverage of the package, also in the workers that tests start, at least 95 %
+cover: .venv/.ready  ## `make test` and `make conformance`, and at least 95 % branch coverage, also in the workers they start
 	rm -f .coverage .coverage.*
-	$(BIN)/coverage run -m pytest -q -n 2 -m "not long" tests/unit tests/contract tests/integration
-	$(BIN)/coverage run -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m long
+	$(MAKE) test conformance PYTEST="$(BIN)/coverage run -m pytest"
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report --fail-under=95
 
