@@ -99,9 +99,8 @@ class _InlineOutlet:
         _WAITING.set(waiting)
         for message in messages:
             sender.publish_to(self.celery, message)
-        RUN_KEY.set(
-            None
-        )  # Celery's stacks are this thread's: runs that one body has side by side must not share its own
+        # Celery's stacks are this thread's: runs that one body has side by side must not share its own.
+        RUN_KEY.set(None)
         self._choose_loop()
         while waiting:
             self._run(waiting.popleft())
