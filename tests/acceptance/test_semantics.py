@@ -121,7 +121,7 @@ SCENARIOS = {
     "started is told": Scenario(call("started")),
     "started is not told": Scenario(call("state")),
     "countdown": Scenario(call("delayed", countdown=0.5)),
-    "expired": Scenario(call("value", "late", expires=0.2, countdown=1), "revoked"),
+    "expired": Scenario(call("value", "late", expires=2, countdown=3), "revoked"),  # received before it expires
     "revoked before start": Scenario(revoke_before_start, "revoked"),
     "link": Scenario(link, notes=1),
     "link_error": Scenario(link_error, notes=2),
