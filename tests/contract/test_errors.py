@@ -83,6 +83,12 @@ FACTS: dict[str, dict[str, Any]] = {
         "reason": "Object of type object is not JSON serializable",
     },
     "TaskMessageTooLargeError": {"task": "shop.Mailer.write", "size": 162088, "limit": 114688},
+    "TaskDelegationTooDeepError": {
+        "task": "shop.Mailer.write",
+        "depth": 3,
+        "limit": 2,
+        "chain": ("shop", "shop.Orders.place", "shop.Stock.reserve"),
+    },
     "TaskBatchIncompleteError": {
         "task": "shop.Mailer.write",
         "total": 100,
@@ -148,6 +154,7 @@ HOST_BASES: dict[str, tuple[type[BaseException], ...]] = {
     "TaskCompositionError": (errors.AbstractTaskDispatchError, TypeError),
     "TaskNotEncodableError": (errors.AbstractTaskDispatchError,),
     "TaskMessageTooLargeError": (errors.AbstractTaskDispatchError,),
+    "TaskDelegationTooDeepError": (errors.AbstractTaskDispatchError,),
     "TaskBatchIncompleteError": (errors.AbstractTaskDispatchError,),
     "TaskDispatchFailedError": (errors.AbstractTaskDispatchError, ConnectionError),
     "TaskDispatchTimeoutError": (errors.AbstractTaskDispatchError, TimeoutError),

@@ -468,6 +468,22 @@ def test_only_a_verified_snapshot_seeds_an_unprotected_task(context: Application
     assert seed(context, {SNAPSHOT: "envelope"}, verifier) is ADA
 
 
+def test_a_refused_snapshot_of_an_unprotected_task_is_told_of(context: ApplicationContext) -> None:
+    """Whoever keeps records learns why there is no identity, if there is a snapshot and none."""
+    verdicts = []
+    for headers, verifier in (
+        ({}, None),
+        ({SNAPSHOT: "e"}, Verifier()),
+        ({SNAPSHOT: "e"}, None),
+        ({SNAPSHOT: 5}, None),
+    ):
+        refusal = seed_auth_context(
+            application_context=context, task_name="t", headers=headers, snapshot_verifier=verifier
+        )
+        verdicts.append(refusal and refusal.decision and refusal.decision.reason_code.value)
+    assert verdicts == [None, None, "VERIFICATION_PROVIDER_UNAVAILABLE", "SNAPSHOT_INVALID"]
+
+
 # to_auth_metadata
 
 

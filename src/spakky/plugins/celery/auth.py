@@ -46,6 +46,7 @@ from spakky.auth.ports import (
     SnapshotSignRequest,
 )
 from spakky.auth.startup import AuthSnapshotPropagationConfig
+from spakky.core.common.error import AbstractSpakkyFrameworkError
 from spakky.core.pod.interfaces.application_context import IApplicationContext
 from spakky.task.stereotype.task_handler import (
     TaskAuthMetadata,
@@ -64,6 +65,7 @@ __all__ = [
     "CELERY_AUTH_BOUNDARY",
     "AuthPorts",
     "authorize_caller",
+    "find_caller",
     "inject_auth_context_snapshot",
     "is_retryable_auth_failure",
     "seed_and_authorize_celery_task",
@@ -149,6 +151,14 @@ def inject_auth_context_snapshot(
     headers[AUTH_CONTEXT_SNAPSHOT_METADATA_KEY] = snapshot.base64url_canonical_json()
 
 
+def find_caller(application_context: IApplicationContext) -> AuthContext | None:
+    """Find the caller's identity for a record of what was decided; None where there is none to be sure of."""
+    try:
+        return _find_auth_context(application_context)
+    except AbstractSpakkyFrameworkError:
+        return None
+
+
 def authorize_caller(
     *,
     application_context: IApplicationContext,
@@ -176,17 +186,22 @@ def seed_auth_context(
     task_name: str,
     headers: dict[str, str],
     snapshot_verifier: IAuthContextSnapshotVerifier | None,
-) -> None:
+) -> AuthRequirementDeniedError | None:
     """Seed the identity of an unprotected task's caller, where the message has one that can be verified.
 
     A snapshot that cannot be verified seeds nothing: the run has no identity, and what is protected inside it refuses.
+
+    Returns:
+        Why nothing was seeded, where there was a snapshot.
     """
     if AUTH_CONTEXT_SNAPSHOT_METADATA_KEY not in headers:
-        return
+        return None
     try:
         store_auth_context(application_context, _verify_snapshot(task_name, headers, snapshot_verifier))
     except TaskAuthorizationDeniedError as error:
         logger.warning("Task %r runs without an identity: %s", task_name, error.reason_code)
+        return error
+    return None
 
 
 def seed_and_authorize_celery_task(

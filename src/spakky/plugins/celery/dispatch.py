@@ -31,6 +31,7 @@ from spakky.tracing.propagator import ITracePropagator
 from vine import barrier
 
 from spakky.plugins.celery.after_commit import Deferred, find_open
+from spakky.plugins.celery.audit import ALLOWED, AuthAudit, to_caller_record, to_verdict
 from spakky.plugins.celery.auth import (
     AuthPorts,
     authorize_caller,
@@ -51,6 +52,7 @@ from spakky.plugins.celery.common.task_method import BoundTask, TaskMethod, to_b
 from spakky.plugins.celery.common.task_result import CeleryTaskResult
 from spakky.plugins.celery.composing import Composing
 from spakky.plugins.celery.configured_task import ConfiguredTask
+from spakky.plugins.celery.delegation import DelegatingSigner
 from spakky.plugins.celery.error import (
     AbstractSpakkyCeleryError,
     AmbiguousHandlerPodError,
@@ -62,6 +64,7 @@ from spakky.plugins.celery.error import (
     TaskMessageTooLargeError,
     TaskNotEncodableError,
 )
+from spakky.plugins.celery.instrumentation.auth_decisions import AuthDecisionRecord
 from spakky.plugins.celery.message_templates import MessageTemplate, MessageTemplates, WireMessage
 from spakky.plugins.celery.options import (
     CallOptions,
@@ -127,6 +130,8 @@ class _Envelope:
     """What goes over the wire; None: what Celery makes of this."""
     before: tuple[Callable[[], None], ...] = ()
     """What is done just before it is sent."""
+    decision: AuthDecisionRecord | None = None
+    """That the caller may dispatch this, still without an id; None where nobody had to decide."""
 
 
 @dataclass(kw_only=True)
@@ -397,6 +402,7 @@ class TaskSender:
             task_id="",
             deadline=time.monotonic() + self._timeout_s,
             message=None,
+            decision=self._find_decision(method, headers),
         )
 
     def _fill(self, common: _Envelope, template: MessageTemplate | None, arguments: _Arguments) -> _Envelope:
@@ -413,6 +419,8 @@ class TaskSender:
             deadline=common.deadline,
             message=None,
         )
+        if common.decision is not None:
+            self._audit.tell(replace(common.decision, task_id=envelope.task_id))
         if template is not None and not arguments.reprs:
             headers = {**common.headers, "ignore_result": common.ignore_result}
             options = {**common.options, "task_id": envelope.task_id}
@@ -519,8 +527,25 @@ class TaskSender:
         return headers
 
     def _inject_identity(self, method: TaskMethod, headers: dict[str, str], context: IApplicationContext) -> None:
+        try:
+            self._authorize_and_sign(method, headers, context)
+        except Exception as error:
+            if self.catalog is not None:
+                self._audit.tell(to_caller_record(self.celery, context, method.name, to_verdict(error), headers))
+            raise
+
+    def _find_decision(self, method: TaskMethod, headers: dict[str, str]) -> AuthDecisionRecord | None:
+        """Make the record of what was allowed when the headers were made."""
+        if self.application_context is None or not self._is_deciding_on(method):
+            return None
+        return to_caller_record(self.celery, self.application_context, method.name, ALLOWED, headers)
+
+    def _is_deciding_on(self, method: TaskMethod) -> bool:
+        return self.catalog is not None and to_auth_metadata(method).protected
+
+    def _authorize_and_sign(self, method: TaskMethod, headers: dict[str, str], context: IApplicationContext) -> None:
         metadata = to_auth_metadata(method)
-        if self.catalog is not None and metadata.protected:
+        if self._is_deciding_on(method):
             authorize_caller(
                 application_context=context,
                 task_name=method.name,
@@ -531,11 +556,21 @@ class TaskSender:
             inject_auth_context_snapshot(
                 headers,
                 application_context=context,
-                auth_snapshot_signer=self.signer,
+                auth_snapshot_signer=self._find_signer(method),
                 auth_snapshot_propagation_config=self.propagation_config,
             )
         except AuthSnapshotPropagationSignerUnavailableError:
             raise AuthSnapshotPropagationSignerUnavailableError(method.name) from None
+
+    def _find_signer(self, method: TaskMethod) -> IAuthContextSnapshotSigner | None:
+        """Find who signs the caller's identity, as handed on; as it is, where an aspect was built by hand."""
+        if self.signer is None or self.catalog is None:
+            return self.signer
+        return DelegatingSigner(self.signer, method.name, self.celery)
+
+    @cached_property
+    def _audit(self) -> AuthAudit:
+        return AuthAudit(cast("IApplicationContext", self.application_context))
 
     def _name_pod(self, bound: BoundTask, headers: dict[str, str], context: IApplicationContext) -> None:
         """Name the Pod where one handler class has several: the run must find the one that was called."""

@@ -19,6 +19,7 @@ The tree::
     |   +-- TaskCompositionError            calls that cannot be joined
     |   +-- TaskNotEncodableError           arguments that the serializer refuses
     |   +-- TaskMessageTooLargeError        headers that exceed one AMQP frame
+    |   +-- TaskDelegationTooDeepError      an identity that was handed on too often
     |   +-- TaskBatchIncompleteError        a batch of which not all was sent
     |   +-- TaskDispatchFailedError         the broker refused or was lost
     |   +-- TaskDispatchTimeoutError        the broker did not answer in time
@@ -73,6 +74,7 @@ __all__ = [
     "TaskBodyCancelledError",
     "TaskCallerUnauthenticatedError",
     "TaskCompositionError",
+    "TaskDelegationTooDeepError",
     "TaskDispatchFailedError",
     "TaskDispatchTimeoutError",
     "TaskMessageTooLargeError",
@@ -468,6 +470,28 @@ class TaskMessageTooLargeError(AbstractTaskDispatchError):
 
     size: int
     limit: int
+
+
+class TaskDelegationTooDeepError(AbstractTaskDispatchError):
+    """Raised at the call site when an identity was handed on by as many tasks as may hand it on.
+
+    Args:
+        task: Name of the task that would have been dispatched.
+        depth: Hops that its identity would have made.
+        limit: Hops that are allowed.
+        chain: Who handed the identity on, the caller last.
+    """
+
+    message = "Identity was handed on too often"
+    problem = "Task {task!r} would have an identity that made {depth} hops, and {limit} are allowed: {chain}."
+    remedy = "Look for tasks that dispatch each other for ever, or set SPAKKY_CELERY__MAX_DELEGATION_DEPTH."
+
+    def __init__(self, task: str = "", depth: int = 0, limit: int = 0, chain: tuple[str, ...] = ()) -> None:
+        self._keep(task=task, depth=depth, limit=limit, chain=chain)
+
+    depth: int
+    limit: int
+    chain: tuple[str, ...]
 
 
 class TaskBatchIncompleteError(AbstractTaskDispatchError):

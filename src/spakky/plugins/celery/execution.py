@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable
 from contextvars import Context, copy_context
+from dataclasses import replace
 from inspect import isawaitable
 from logging import getLogger
 from typing import Any, Final
@@ -14,6 +15,7 @@ from spakky.core.pod.interfaces.container import NoUniquePodError
 from spakky.tracing.context import TraceContext
 from spakky.tracing.propagator import ITracePropagator
 
+from spakky.plugins.celery.audit import ALLOWED, AuthAudit, Verdict, to_run_record, to_verdict
 from spakky.plugins.celery.auth import (
     AuthPorts,
     is_retryable_auth_failure,
@@ -34,6 +36,7 @@ from spakky.plugins.celery.common.task_body import run_awaitable
 from spakky.plugins.celery.common.task_catalog import TaskCatalog
 from spakky.plugins.celery.common.task_loop import TaskLoop
 from spakky.plugins.celery.common.task_method import TaskMethod
+from spakky.plugins.celery.delegation import DelegationCheck
 from spakky.plugins.celery.error import AmbiguousHandlerPodError, TaskAuthorizationDeniedError
 from spakky.plugins.celery.run import CURRENT_RUN, Run
 from spakky.plugins.celery.run_retry import retry
@@ -60,6 +63,7 @@ class TaskExecution:
         self._application_context = application_context
         self._catalog = catalog
         self._ports = ports
+        self._audit = AuthAudit(application_context)
 
     def run(self, task: Task, method: TaskMethod, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Run a task's body with every aspect around it, in a context of its own, and return what it returned.
@@ -131,7 +135,7 @@ class TaskExecution:
         headers = task.request.headers or {}
         self._enter_trace(headers)
         try:
-            self._authorize(method, headers)
+            self._authorize(task, method, headers)
         except AuthRequirementDeniedError as error:
             if not is_retryable_auth_failure(error):
                 raise
@@ -167,19 +171,32 @@ class TaskExecution:
         parent = None if propagator is None else _extract(propagator, headers)
         TraceContext.set(TraceContext.new_root() if parent is None else parent.child())
 
-    def _authorize(self, method: TaskMethod, headers: dict[str, str]) -> None:
-        metadata = to_auth_metadata(method)
-        if not metadata.protected and AUTH_CONTEXT_SNAPSHOT_METADATA_KEY not in headers:
+    def _authorize(self, task: Task, method: TaskMethod, headers: dict[str, str]) -> None:
+        """Seed the identity and decide, and tell of what was decided: once for each run."""
+        if not to_auth_metadata(method).protected and AUTH_CONTEXT_SNAPSHOT_METADATA_KEY not in headers:
             return
         ports = self._ports or AuthPorts.from_context(self._application_context)
+        verifier = ports.snapshot_verifier
+        check = None if verifier is None else DelegationCheck(verifier, method.name, task.app)
+        try:
+            verdict = self._decide(method, headers, replace(ports, snapshot_verifier=check))
+        except Exception as error:
+            self._audit.tell(to_run_record(task, method.name, to_verdict(error), check))
+            raise
+        if verdict is not None:
+            self._audit.tell(to_run_record(task, method.name, verdict, check))
+
+    def _decide(self, method: TaskMethod, headers: dict[str, str], ports: AuthPorts) -> Verdict | None:
+        """Seed the identity, and raise where it does not suffice; None where nothing had to be decided."""
+        metadata = to_auth_metadata(method)
         if not metadata.protected:
-            seed_auth_context(
+            refusal = seed_auth_context(
                 application_context=self._application_context,
                 task_name=method.name,
                 headers=headers,
                 snapshot_verifier=ports.snapshot_verifier,
             )
-            return
+            return None if refusal is None else to_verdict(refusal)
         seed_and_authorize_celery_task(
             application_context=self._application_context,
             task_name=method.name,
@@ -192,6 +209,7 @@ class TaskExecution:
             role_checker=ports.role_checker,
             scope_checker=ports.scope_checker,
         )
+        return ALLOWED
 
     def _resolve(self, method: TaskMethod, named: object) -> object:
         pod = self._catalog.pod_for(method, named)

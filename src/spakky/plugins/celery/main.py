@@ -14,7 +14,9 @@ from spakky.plugins.celery.common.config import CeleryConfig, CelerySealPolicy
 from spakky.plugins.celery.common.customizer import CeleryCustomizer
 from spakky.plugins.celery.common.task_catalog import TaskCatalog
 from spakky.plugins.celery.common.task_loop import TaskLoop
+from spakky.plugins.celery.delegation import MAX_DELEGATION_DEPTH_SETTING
 from spakky.plugins.celery.dispatch import PREPARED_DISPATCH_SETTING, PUBLISH_TIMEOUT_SETTING, TaskDispatcher
+from spakky.plugins.celery.instrumentation.auth_log import AuthDecisionLog
 from spakky.plugins.celery.post_processor import CeleryPostProcessor
 from spakky.plugins.celery.seal import Seals
 from spakky.plugins.celery.sealed_amqp import SealedAmqp
@@ -44,6 +46,7 @@ def celery_app(config: CeleryConfig, customizers: tuple[CeleryCustomizer, ...] =
         **_seal_options(config),
     )
     celery.conf.update(config.celery_settings())
+    celery.conf[MAX_DELEGATION_DEPTH_SETTING] = config.max_delegation_depth
     celery.conf[PREPARED_DISPATCH_SETTING] = config.prepared_dispatch
     celery.conf[PUBLISH_TIMEOUT_SETTING] = config.publish_timeout.total_seconds()
     for customizer in customizers:
@@ -71,6 +74,7 @@ def initialize(app: SpakkyApplication) -> None:
     app.add(TaskCatalog)
     app.add(TaskLoop)
     app.add(TaskDispatcher)
+    app.add(AuthDecisionLog)
     app.add(CeleryPostProcessor)
     app.add(CeleryTaskDispatchAspect)
     app.add(AsyncCeleryTaskDispatchAspect)

@@ -22,6 +22,7 @@ from spakky.core.pod.interfaces.post_processor import IPostProcessor
 from spakky.core.service.interfaces.service import IService
 from spakky.task.stereotype.task_handler import TaskHandler
 
+from spakky.plugins.celery.audit import AuthAudit
 from spakky.plugins.celery.auth import AuthPorts
 from spakky.plugins.celery.codec import codec_of
 from spakky.plugins.celery.common.celery_options import (
@@ -326,7 +327,8 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
     def _check_seals(self, sender: Any, **_: object) -> None:
         """Check the seals of messages, now that the worker has imported every task."""
         if self._celery is not None and sender.app is self._celery and isinstance(self._celery.amqp, SealedAmqp):
-            SealCheck(self._celery.amqp.seals, self._celery.amqp.policy).install(self._celery)
+            amqp = self._celery.amqp
+            SealCheck(amqp.seals, amqp.policy, AuthAudit(self._context)).install(self._celery)
 
     def _consume_named_queues(self, instance: Any, **_: object) -> None:
         """Have a worker consume what its tasks' options name, or their messages would wait there, and nobody knew.

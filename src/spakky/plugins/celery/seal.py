@@ -23,7 +23,7 @@ from spakky.plugins.celery.common.constants import (
     SERIALIZER_HEADER,
 )
 
-__all__ = ["SEALED_HEADERS", "SealProblem", "SealVerdict", "SealedParts", "Seals"]
+__all__ = ["SEALED_HEADERS", "SealProblem", "SealVerdict", "SealedParts", "Seals", "find_key_id"]
 
 SEALED_HEADERS: Final = (
     "task",
@@ -84,6 +84,12 @@ class SealedParts:
     content_encoding: str
     body: bytes
     """As it is encoded, and not compressed."""
+
+
+def find_key_id(sealed: object) -> str | None:
+    """Read which key the value of a seal header names, without believing it; None where it has not the form of one."""
+    form = _FORM.fullmatch(sealed) if isinstance(sealed, str) else None
+    return None if form is None else form[1]
 
 
 class Seals:

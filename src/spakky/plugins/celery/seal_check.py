@@ -12,6 +12,7 @@ from celery import Celery, Task, states
 from celery.app.task import Context
 from celery.utils.imports import instantiate
 
+from spakky.plugins.celery.audit import AuthAudit, to_seal_record
 from spakky.plugins.celery.common.config import CelerySealPolicy
 from spakky.plugins.celery.error import TaskSealInvalidError
 from spakky.plugins.celery.seal import SealedParts, SealProblem, Seals, SealVerdict
@@ -24,15 +25,17 @@ logger = getLogger(__name__)
 class SealCheck:
     """Checks the messages of one worker process, and counts those whose seal does not hold."""
 
-    def __init__(self, seals: Seals, policy: CelerySealPolicy) -> None:
+    def __init__(self, seals: Seals, policy: CelerySealPolicy, audit: AuthAudit) -> None:
         """Keep what a check needs.
 
         Args:
             seals: The keys.
             policy: REQUIRE refuses what does not hold; SIGN lets it run and says so.
+            audit: Is told of what is refused.
         """
         self._seals = seals
         self._policy = policy
+        self._audit = audit
         self.counts: Counter[SealProblem] = Counter()
 
     def install(self, celery: Celery) -> None:
@@ -78,6 +81,7 @@ class SealCheck:
         error = TaskSealInvalidError(str(task.name), problem.value, verdict.key_id)
         text = "Refused a message of task %r, id %.64r: its seal does not hold: %s, key %r. Refused so far: %d."
         logger.error(text, task.name, headers.get("id"), problem, verdict.key_id, self.counts.total())
+        self._audit.tell(to_seal_record(str(task.name), problem, headers))
         try:
             _store(task, headers, message, error)
         except Exception:

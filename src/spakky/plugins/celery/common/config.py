@@ -388,6 +388,10 @@ class CeleryConfig(BaseSettings):
     """``off``; ``sign``: seal messages, and tell of those whose seal does not hold; ``require``: refuse those. None:
     ``sign`` where there are keys. The plugin reads it, not Celery."""
 
+    max_delegation_depth: Annotated[int, Field(ge=1)] = 16
+    """How often an identity may be handed on, from the first dispatch by a task's dispatch of another one, and so on. A
+    dispatch beyond it fails, and workers refuse what others dispatched beyond it. The plugin reads it, not Celery."""
+
     @_without_parameters
     def __init__(self, **settings: Any) -> None:
         known = {name: value for name, value in settings.items() if name in type(self).model_fields}
