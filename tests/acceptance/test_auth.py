@@ -33,6 +33,7 @@ from support.auth_app import (
     acting_as,
     create_app,
     create_app_without_signer,
+    create_open_app,
     outage,
     wait_for,
 )
@@ -368,28 +369,20 @@ def test_only_the_signed_snapshot_travels(client: SpakkyApplication, queue: Path
 
 def test_without_propagation_no_snapshot_travels(broker: Broker, queue: Path, tmp_path: Path) -> None:
     """Propagation is off by default: a message has no identity then."""
-    with client_of(broker, tmp_path / "log", create_app) as app, acting_as(app, ADMIN):
-        app.container.get(Vault).role()
+    with client_of(broker, tmp_path / "log", create_open_app) as app, acting_as(app, ADMIN):
+        app.container.get(Open).look()
     (message,) = [json.loads(file.read_text()) for file in queue.iterdir()]
-    assert message["headers"]["task"] == f"{VAULT}.role"
+    assert message["headers"]["task"] == "support.auth_app.Open.look"
     assert SNAPSHOT not in message["headers"]
 
 
-@pytest.mark.parametrize(("handler", "name"), [(Open, "look"), (Vault, "authenticated")])
-def test_without_a_signer_an_identity_is_not_left_behind(
-    broker: Broker,
-    queue: Path,
-    tmp_path: Path,
-    handler: type,
-    name: str,
-) -> None:
+def test_without_a_signer_an_identity_is_not_left_behind(broker: Broker, queue: Path, tmp_path: Path) -> None:
     """Where identities are to be propagated and nothing can sign one, the call fails and names the task."""
     environment = {"SPAKKY_AUTH_SNAPSHOT_PROPAGATION_ENABLED": "true"}
     with client_of(broker, tmp_path / "log", create_app_without_signer, **environment) as app:
-        pod: Any = app.container.get(handler)
         with acting_as(app, ADMIN), pytest.raises(AuthSnapshotPropagationSignerUnavailableError) as caught:
-            getattr(pod, name)()
-        assert caught.value.task == f"support.auth_app.{handler.__name__}.{name}"
+            app.container.get(Open).look()
+        assert caught.value.task == "support.auth_app.Open.look"
         assert count(queue) == 0
         app.container.get(Open).look()
         assert count(queue) == 1

@@ -1,9 +1,9 @@
 """Celery's semantics on an AsyncioPool with 200 other tasks in flight: as the same tasks, sync, on the solo pool."""
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 from uuid import uuid4
 
@@ -203,11 +203,12 @@ def test_groups_keep_their_order_and_their_errors(ours: Bench) -> None:
 
 
 def test_rate_limits_hold(ours: Bench, celerys: Bench) -> None:
-    """Runs begin as far apart as the limit of 5/s asks for, however many could run at once."""
+    """No run begins before the limit of 5/s lets it, however many could run at once; a busy machine is only later."""
     for worker in (celerys, ours):
+        sent = time.monotonic()
         results = [signature(worker, "limited").apply_async() for _ in range(6)]
-        begun = sorted(result.get(timeout=30) for result in results)
-        assert all(later - earlier > 0.1 for earlier, later in pairwise(begun)), begun
+        begun = sorted(result.get(timeout=30) - sent for result in results)
+        assert all(after_s > number / 5 - 0.05 for number, after_s in enumerate(begun)), begun
 
 
 LAST_EVENTS = {

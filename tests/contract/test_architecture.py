@@ -34,7 +34,14 @@ SENDING = {
     "producer_connections",
     "publisher",
 }
-RUNNING = {"execution", "post_processor", "run_retry", "seal_check"}
+RUNNING = {
+    "execution",
+    "post_processor",
+    "protection_check",
+    "run_retry",
+    "schedule_principal",
+    "seal_check",
+}
 WORKER_LIFE = {
     "worker",
     "worker.lifecycle",

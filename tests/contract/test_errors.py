@@ -129,6 +129,15 @@ FACTS: dict[str, dict[str, Any]] = {
     "RemoteTaskError": {"type_name": "shop.payments.DeclinedError", "text": "card 4 of 4"},
     "NoCurrentRunError": {},
     "EagerTasksRefusedError": {},
+    "TaskAuthNotConfiguredError": {
+        "tasks": ("shop.Billing.refund", "shop.Billing.charge"),
+        "missing": ("identities do not travel with messages", "the application has no Pod of IRoleChecker"),
+        "expected": (
+            "Set SPAKKY_AUTH_SNAPSHOT_PROPAGATION_ENABLED=true. Add Pods of IRoleChecker; "
+            "spakky-cryptography signs and verifies."
+        ),
+    },
+    "SchedulePrincipalMissingError": {"task": "shop.Billing.close_month"},
     "NoResultInTestError": {
         "task_id": "9d9f8a8e-0c9e-4f7e-8f9b-0a3a5a3b1c11",
         "reason": "capture_tasks() recorded it, and nothing runs it",

@@ -22,6 +22,7 @@ from spakky.plugins.celery.error import (
 from spakky.plugins.celery.options import task_options
 from support.behaviour import AsyncTransaction, Transaction
 from support.brokers import REDIS_URL, require_server
+from support.identities import PROPAGATION, Believer
 from support.messages import taken_from
 from support.probe import build
 from support.servers import refusing_port
@@ -66,9 +67,14 @@ class Numbers:
         return number
 
 
+@pytest.fixture(autouse=True)
+def _propagation(_memory_broker: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PROPAGATION, "true")
+
+
 @pytest.fixture
 def app() -> Iterator[SpakkyApplication]:
-    started = build(Numbers).start()
+    started = build(Numbers, Believer).start()
     yield started
     started.stop()
 
@@ -127,7 +133,7 @@ def test_a_back_end_that_gathers_nothing(monkeypatch: pytest.MonkeyPatch, backen
     monkeypatch.delenv("SPAKKY_CELERY__RESULT_BACKEND")
     if backend:
         monkeypatch.setenv("SPAKKY_CELERY__RESULT_BACKEND", backend)
-    app = build(Numbers).start()
+    app = build(Numbers, Believer).start()
     tasks, numbers = app.container.get(TaskDispatcher), app.container.get(Numbers)
     try:
         with pytest.raises(TaskCompositionError, match="SPAKKY_CELERY__RESULT_BACKEND"):
@@ -186,7 +192,7 @@ def test_the_first_message_carries_the_others(tasks: TaskDispatcher, numbers: An
 
 def test_a_composition_waits_for_a_commit() -> None:
     """The whole waits if its first call is configured so."""
-    app = build(Numbers, Transaction, AsyncTransaction, plugins=[spakky.data.PLUGIN_NAME]).start()
+    app = build(Numbers, Believer, Transaction, AsyncTransaction, plugins=[spakky.data.PLUGIN_NAME]).start()
     tasks, numbers = app.container.get(TaskDispatcher), app.container.get(Numbers)
     first = tasks.call(tasks.configure(numbers.parse, after_commit=True), "1")
     try:
@@ -206,7 +212,7 @@ def test_a_result_back_end_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv("SPAKKY_CELERY__RESULT_BACKEND", f"redis://:c4n4ry@127.0.0.1:{port}/0")
         once = '{"retry_policy": {"max_retries": 0}}'
         monkeypatch.setenv("SPAKKY_CELERY__RESULT_BACKEND_TRANSPORT_OPTIONS", once)
-        app = build(Numbers).start()
+        app = build(Numbers, Believer).start()
         tasks, numbers = app.container.get(TaskDispatcher), app.container.get(Numbers)
         try:
             with pytest.raises(TaskDispatchFailedError) as caught:

@@ -9,13 +9,9 @@ from celery.app.trace import build_tracer
 from celery.exceptions import Retry
 from spakky.auth import (
     AuthContext,
-    AuthInvocation,
     AuthorizationDecision,
     AuthorizationReasonCode,
     AuthRequirementDeniedError,
-    AuthSubject,
-    AuthVerificationProviderUnavailableError,
-    IAuthContextSnapshotVerifier,
 )
 from spakky.auth.constants import AUTH_CONTEXT_CONTEXT_KEY, AUTH_CONTEXT_SNAPSHOT_METADATA_KEY
 from spakky.auth.metadata import protected
@@ -31,20 +27,10 @@ from spakky.plugins.celery.common.constants import CELERY_TASK_CONTEXT_KEY
 from spakky.plugins.celery.error import TaskArgumentsError, TaskAuthorizationDeniedError
 from spakky.plugins.celery.options import RetryPolicy, task_options
 from support.fixtures import celery_of
+from support.identities import OUTAGE, PROPAGATION, Believer
 from support.probe import build
 
 SNAPSHOT = {AUTH_CONTEXT_SNAPSHOT_METADATA_KEY: "Ada"}
-
-
-@Pod()
-class Verifier(IAuthContextSnapshotVerifier):
-    """Believes every snapshot, but for one that stands for an outage."""
-
-    @override
-    def verify_snapshot(self, snapshot_envelope: str, invocation: AuthInvocation) -> AuthContext:
-        if snapshot_envelope == "outage":
-            raise AuthVerificationProviderUnavailableError
-        return AuthContext(subject=AuthSubject(id=snapshot_envelope), issuer="test")
 
 
 @TaskHandler()
@@ -100,9 +86,14 @@ class Looks(IApplicationContextAware):
         self.left = asyncio.create_task(asyncio.sleep(3600))
 
 
+@pytest.fixture(autouse=True)
+def _propagation(_memory_broker: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PROPAGATION, "true")
+
+
 @pytest.fixture
 def app() -> Iterator[SpakkyApplication]:
-    started = build(Looks, Verifier).start()
+    started = build(Looks, Believer).start()
     yield started
     started.stop()
 
@@ -126,7 +117,7 @@ def test_identity_is_seeded_wherever_there_is_one(app: SpakkyApplication) -> Non
     """A snapshot that can be verified gives any run its identity; one that cannot gives an unprotected run none."""
     assert run(app, "look", **SNAPSHOT)["subject"] == "Ada"
     assert run(app, "look_protected", **SNAPSHOT) == "Ada"
-    assert run(app, "look", **{AUTH_CONTEXT_SNAPSHOT_METADATA_KEY: "outage"})["subject"] is None
+    assert run(app, "look", **{AUTH_CONTEXT_SNAPSHOT_METADATA_KEY: OUTAGE})["subject"] is None
     assert run(app, "look", **{AUTH_CONTEXT_SNAPSHOT_METADATA_KEY: 5})["subject"] is None
 
 
@@ -146,7 +137,7 @@ def test_an_outage_of_a_provider_is_retried(app: SpakkyApplication) -> None:
             id="an-id",
             retries=retries,
             called_directly=False,
-            headers={AUTH_CONTEXT_SNAPSHOT_METADATA_KEY: "outage"},
+            headers={AUTH_CONTEXT_SNAPSHOT_METADATA_KEY: OUTAGE},
             delivery_info={},
             args=[],
             kwargs={},
@@ -221,7 +212,7 @@ def test_a_propagator_that_fails_costs_no_task() -> None:
         def fields(self) -> list[str]:
             return ["traceparent"]
 
-    started = build(Looks, Verifier, Failing).start()
+    started = build(Looks, Believer, Failing).start()
     try:
         assert run(started, "look", traceparent="x")["trace"]
     finally:
@@ -230,7 +221,7 @@ def test_a_propagator_that_fails_costs_no_task() -> None:
 
 async def test_results_are_awaited_without_blocking() -> None:
     """get_async waits for a result, or for an error, that comes while it polls."""
-    started = await asyncio.to_thread(build(Looks, Verifier).start)
+    started = await asyncio.to_thread(build(Looks, Believer).start)
     backend = celery_of(started).backend
     looks: Any = started.container.get(Looks)
     good, bad = looks.look(), looks.leave()

@@ -21,6 +21,7 @@ from spakky.plugins.celery.common.customizer import CeleryCustomizer
 from spakky.plugins.celery.error import DuplicateTaskNameError, InvalidTaskOptionError
 from spakky.plugins.celery.options import RetryPolicy, TaskOptions, task_options
 from support.fixtures import celery_of
+from support.identities import OUTAGE, PROPAGATION, Believer
 from support.probe import build
 
 
@@ -180,16 +181,20 @@ class Guarded:
     def open(self) -> None: ...
 
 
-def test_an_outage_of_a_provider_follows_the_policy(caplog: pytest.LogCaptureFixture) -> None:
-    """Nobody here verifies identities, which is an outage: the policy says how long to wait, and when to give up."""
+def test_an_outage_of_a_provider_follows_the_policy(
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where nobody can verify identities for a while, the policy says how long to wait, and when to give up."""
+    monkeypatch.setenv(PROPAGATION, "true")
     caplog.set_level(logging.CRITICAL)
-    with started(Guarded) as app:
+    with started(Guarded, Believer) as app:
         body = celery_of(app).tasks[f"{__name__}.Guarded.open"]
         waits = []
         for retries in range(2):
             body.push_request(
                 id="some", args=(), kwargs={}, retries=retries, called_directly=False, is_eager=True,
-                headers={AUTH_CONTEXT_SNAPSHOT_METADATA_KEY: "Ada"},
+                headers={AUTH_CONTEXT_SNAPSHOT_METADATA_KEY: OUTAGE},
             )  # fmt: skip
             with pytest.raises(Retry) as caught:
                 body.run()

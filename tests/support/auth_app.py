@@ -53,6 +53,8 @@ from spakky.tracing import TraceContext
 
 import spakky.plugins.celery.error as plugin_errors
 from spakky.plugins.celery.common.customizer import CeleryCustomizer
+from spakky.plugins.celery.options import schedule_options
+from spakky.plugins.celery.schedule_principal import SchedulePrincipalProvider
 from support.probe import build, record
 
 KEY: Final = "c3Bha2t5LWNlbGVyeS10ZXN0cy1zbmFwc2hvdC1rZXk"
@@ -170,6 +172,16 @@ def signer_that_does_not_exist() -> AuthProviderContribution:
     return AuthProviderContribution(provider_id="provider:none", capabilities=capabilities)
 
 
+@Pod()
+class Principals(SchedulePrincipalProvider):
+    """Says whose identity schedules have that do not say it themselves."""
+
+    @override
+    def principal_of(self, task_name: str) -> AuthContext | None:
+        record("asked for a principal", task=task_name)
+        return GUEST if task_name.endswith("sweep_async") else ADMIN
+
+
 class Observer(IApplicationContextAware):
     """Tells which identity and which trace are current."""
 
@@ -244,6 +256,7 @@ class Vault(Observer):
         record("ran", task="policy")
         return self.see()
 
+    @schedule_options(run_as=ADMIN)
     @schedule(interval=timedelta(hours=1))
     @require_role("role:admin")
     def sweep(self) -> str:
@@ -430,7 +443,7 @@ class Foreign(CeleryCustomizer, Observer):
 AUTH_PLUGINS: tuple[Plugin, ...] = (spakky.auth.PLUGIN_NAME, spakky.plugins.cryptography.PLUGIN_NAME)
 
 HANDLERS = (Vault, Overriding, GuardedClass, Safe, Open, first_twin, second_twin)
-PODS = (Rights, auth_provider, Foreign, *HANDLERS)
+PODS = (Rights, auth_provider, Foreign, Principals, *HANDLERS)
 
 
 def create_app() -> SpakkyApplication:
@@ -440,9 +453,14 @@ def create_app() -> SpakkyApplication:
     return app
 
 
+def create_open_app() -> SpakkyApplication:
+    """Build an application without protected tasks."""
+    return build(Rights, auth_provider, Open, Safe, plugins=AUTH_PLUGINS)
+
+
 def create_app_without_signer() -> SpakkyApplication:
     """Build the same application without spakky-cryptography."""
-    return build(*PODS, signer_that_does_not_exist, plugins=[spakky.auth.PLUGIN_NAME])
+    return build(Rights, auth_provider, Open, Safe, signer_that_does_not_exist, plugins=[spakky.auth.PLUGIN_NAME])
 
 
 @contextmanager

@@ -8,8 +8,9 @@ import pytest
 from celery.exceptions import Ignore, Reject, Retry
 from hypothesis import given
 from hypothesis import strategies as st
+from spakky.auth.context import AuthContext, AuthSubject
 from spakky.auth.error import AuthContextNotFoundError, AuthRequirementDeniedError
-from spakky.task import TaskHandler, task
+from spakky.task import TaskHandler, schedule, task
 
 from spakky.plugins.celery.common.celery_options import to_publish_options, to_task_attributes
 from spakky.plugins.celery.common.config import CeleryDelivery, CelerySerializer
@@ -27,6 +28,7 @@ from spakky.plugins.celery.options import (
     merge_options,
     own_options,
     resolve_options,
+    schedule_options,
     task_options,
 )
 
@@ -207,7 +209,60 @@ def test_options_without_a_task_are_refused(kind: Any) -> None:
     class Mailer:
         send = kind(decorate(queue="mail"))
 
-    with pytest.raises(UnsupportedTaskMethodError, match=r"@task_options, and neither @task nor @schedule"):
+    with pytest.raises(UnsupportedTaskMethodError, match=r"options of a task, and neither @task nor @schedule"):
+        list(find_task_methods(Mailer))
+
+
+ROBOT = AuthContext(subject=AuthSubject(id="robot"), issuer="test")
+SOMEBODY = AuthContext(subject=AuthSubject(id="somebody"), issuer="test")
+
+
+def test_options_of_schedules_merge_as_those_of_tasks() -> None:
+    """The class's hold for all its schedules, a method's win, an override keeps them, None takes them back."""
+
+    @schedule_options(run_as=ROBOT)
+    class Base:
+        @schedule(interval=timedelta(hours=1))
+        def inherited(self) -> None: ...
+
+        @task_options(queue="mail")
+        @schedule_options(run_as=SOMEBODY)
+        @schedule(interval=timedelta(hours=1))
+        def own(self) -> None: ...
+
+        @schedule(interval=timedelta(hours=1))
+        @schedule_options(run_as=None)
+        def taken_back(self) -> None: ...
+
+    class Heir(Base):
+        def own(self) -> None: ...
+
+    found = {method.attribute: method.options for method in find_task_methods(Heir)}
+    assert found == {
+        "inherited": {"run_as": ROBOT},
+        "own": {"run_as": SOMEBODY, "queue": "mail"},
+        "taken_back": {"run_as": None},
+    }
+
+
+@pytest.mark.parametrize(
+    "options", [{"run_as": "robot"}, {"run_as": AuthContext}, {"run_at": ROBOT}, {"queue": "mail"}]
+)
+def test_wrong_options_of_a_schedule_are_refused(options: Any) -> None:
+    """The error says what would be right: an AuthContext, or the name of an option."""
+    with pytest.raises(InvalidTaskOptionError, match=r"AuthContext\(|Options are run_as"):
+        schedule_options(**options)(lambda self: None)
+
+
+def test_options_of_a_schedule_without_one_are_refused() -> None:
+    """A task that only callers dispatch has the caller's identity, and no principal."""
+
+    class Mailer:
+        @task
+        @schedule_options(run_as=ROBOT)
+        def send(self) -> None: ...
+
+    with pytest.raises(UnsupportedTaskMethodError, match=r"@schedule_options, and no @schedule"):
         list(find_task_methods(Mailer))
 
 

@@ -45,7 +45,7 @@ from spakky.auth.ports import (
     ScopeCheckRequest,
     SnapshotSignRequest,
 )
-from spakky.auth.startup import AuthSnapshotPropagationConfig
+from spakky.auth.startup import AuthSnapshotPropagationConfig, effective_auth_snapshot_propagation_config
 from spakky.core.common.error import AbstractSpakkyFrameworkError
 from spakky.core.pod.interfaces.application_context import IApplicationContext
 from spakky.task.stereotype.task_handler import (
@@ -66,6 +66,7 @@ __all__ = [
     "AuthPorts",
     "authorize_caller",
     "find_caller",
+    "find_propagation_config",
     "inject_auth_context_snapshot",
     "is_retryable_auth_failure",
     "seed_and_authorize_celery_task",
@@ -102,6 +103,13 @@ class AuthPorts:
             role_checker=find(IRoleChecker),  # type: ignore[type-abstract]  # the same
             scope_checker=find(IScopeChecker),  # type: ignore[type-abstract]  # the same
         )
+
+
+def find_propagation_config(application_context: IApplicationContext) -> AuthSnapshotPropagationConfig:
+    """Tell whether an application propagates identities: if any of its configurations says so."""
+    found = application_context.find(lambda pod: pod.type_ is AuthSnapshotPropagationConfig)
+    configs = tuple(config for config in found if isinstance(config, AuthSnapshotPropagationConfig))
+    return effective_auth_snapshot_propagation_config(configs)
 
 
 @lru_cache(maxsize=4096)

@@ -22,7 +22,7 @@ from kombu.exceptions import EncodeError, KombuError
 from kombu.messaging import Producer
 from kombu.serialization import dumps
 from spakky.auth.ports import IAuthContextSnapshotSigner
-from spakky.auth.startup import AuthSnapshotPropagationConfig, effective_auth_snapshot_propagation_config
+from spakky.auth.startup import AuthSnapshotPropagationConfig
 from spakky.core.pod.annotations.pod import Pod
 from spakky.core.pod.interfaces.application_context import IApplicationContext
 from spakky.core.pod.interfaces.aware.application_context_aware import IApplicationContextAware
@@ -35,6 +35,7 @@ from spakky.plugins.celery.audit import ALLOWED, AuthAudit, to_caller_record, to
 from spakky.plugins.celery.auth import (
     AuthPorts,
     authorize_caller,
+    find_propagation_config,
     inject_auth_context_snapshot,
     to_auth_metadata,
 )
@@ -77,7 +78,17 @@ from spakky.plugins.celery.prepared_dispatch import PreparedDispatch
 from spakky.plugins.celery.producer_connections import ProducerConnections
 from spakky.plugins.celery.publisher import Publisher, PublishTimeoutError
 
-__all__ = ["PREPARED_DISPATCH_SETTING", "PUBLISH_TIMEOUT_SETTING", "TaskDispatcher", "TaskSender"]
+__all__ = [
+    "AUTHORIZE_CALLERS_SETTING",
+    "PREPARED_DISPATCH_SETTING",
+    "PUBLISH_TIMEOUT_SETTING",
+    "TaskDispatcher",
+    "TaskSender",
+]
+
+AUTHORIZE_CALLERS_SETTING: Final = "spakky_authorize_callers"
+"""Celery setting: whether callers of protected tasks are authorized before they dispatch, which workers do anyway.
+``CeleryConfig`` sets it; true where nothing does."""
 
 PUBLISH_TIMEOUT_SETTING: Final = "spakky_publish_timeout"
 """Celery setting, in seconds, that bounds a dispatch. ``CeleryConfig`` sets it; 10 s where nothing does."""
@@ -541,15 +552,14 @@ class TaskSender:
         return to_caller_record(self.celery, self.application_context, method.name, ALLOWED, headers)
 
     def _is_deciding_on(self, method: TaskMethod) -> bool:
-        return self.catalog is not None and to_auth_metadata(method).protected
+        return self._is_authorizing_callers and to_auth_metadata(method).protected
 
     def _authorize_and_sign(self, method: TaskMethod, headers: dict[str, str], context: IApplicationContext) -> None:
-        metadata = to_auth_metadata(method)
         if self._is_deciding_on(method):
             authorize_caller(
                 application_context=context,
                 task_name=method.name,
-                auth_metadata=metadata,
+                auth_metadata=to_auth_metadata(method),
                 ports=AuthPorts.from_context(context),
             )
         try:
@@ -605,6 +615,10 @@ class TaskSender:
     def _is_rpc(self) -> bool:
         """Whether results come back to a queue of the caller's thread."""
         return self.catalog is not None and str(self.celery.conf.result_backend or "").startswith("rpc")
+
+    @cached_property
+    def _is_authorizing_callers(self) -> bool:
+        return self.catalog is not None and bool(self.celery.conf.get(AUTHORIZE_CALLERS_SETTING, True))
 
     @cached_property
     def _is_preparing(self) -> bool:
@@ -940,13 +954,7 @@ class TaskDispatcher(Composing, IApplicationContextAware, IService):
             application_context=context,
             catalog=context.get(TaskCatalog),
             signer=context.get_or_none(IAuthContextSnapshotSigner),  # type: ignore[type-abstract]  # a port is looked up by its interface
-            propagation_config=effective_auth_snapshot_propagation_config(
-                tuple(
-                    config
-                    for config in context.find(lambda pod: pod.type_ is AuthSnapshotPropagationConfig)
-                    if isinstance(config, AuthSnapshotPropagationConfig)
-                ),
-            ),
+            propagation_config=find_propagation_config(context),
             propagator=context.get_or_none(ITracePropagator),  # type: ignore[type-abstract]  # the same
         )
 

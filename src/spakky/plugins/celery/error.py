@@ -13,6 +13,8 @@ The tree::
     +-- AmbiguousHandlerPodError            several Pods of one handler, none named
     +-- InvalidApplicationTargetError       what the command line names is no application
     +-- EagerTasksRefusedError              task_always_eager is on
+    +-- TaskAuthNotConfiguredError          protected tasks that nothing here can authorize
+    +-- SchedulePrincipalMissingError       a protected schedule whose runs have no identity
     +-- AbstractTaskDispatchError           no result to wait for
     |   +-- TaskNotRegisteredError          a name that no worker would know
     |   +-- TaskArgumentsError              arguments that do not fit the method
@@ -68,7 +70,9 @@ __all__ = [
     "NoCurrentRunError",
     "NoResultInTestError",
     "RemoteTaskError",
+    "SchedulePrincipalMissingError",
     "TaskArgumentsError",
+    "TaskAuthNotConfiguredError",
     "TaskAuthorizationDeniedError",
     "TaskBatchIncompleteError",
     "TaskBodyCancelledError",
@@ -357,6 +361,44 @@ class EagerTasksRefusedError(AbstractSpakkyCeleryError):
 
     def __init__(self) -> None:
         self._keep()
+
+
+class TaskAuthNotConfiguredError(AbstractSpakkyCeleryError):
+    """Raised at start-up when no run of a protected task could ever be authorized in this application.
+
+    Args:
+        tasks: Names of the tasks.
+        missing: What the application lacks.
+        expected: What to set or to add.
+    """
+
+    message = "Protected tasks cannot be authorized"
+    problem = "No run of {tasks} could be authorized here: {missing}."
+    remedy = "{expected}"
+
+    def __init__(self, tasks: tuple[str, ...] = (), missing: tuple[str, ...] = (), expected: str = "") -> None:
+        self._keep(tasks=tasks, missing=missing, expected=expected)
+
+    tasks: tuple[str, ...]
+    missing: tuple[str, ...]
+    expected: str
+
+
+class SchedulePrincipalMissingError(AbstractSpakkyCeleryError):
+    """Raised when beat's runs of a protected task have no identity: at start-up, or in beat for a provider's None.
+
+    Args:
+        task: Name of the task.
+    """
+
+    message = "Schedule has no principal"
+    problem = "Task {task!r} is protected and has a schedule, and nothing says whose identity its scheduled runs have."
+    remedy = "Add @schedule_options(run_as=AuthContext(...)), or a SchedulePrincipalProvider Pod that knows the task."
+
+    def __init__(self, task: str = "") -> None:
+        self._keep(task=task)
+
+    task: str
 
 
 class AbstractTaskDispatchError(AbstractSpakkyCeleryError, ABC):

@@ -15,7 +15,12 @@ from spakky.plugins.celery.common.customizer import CeleryCustomizer
 from spakky.plugins.celery.common.task_catalog import TaskCatalog
 from spakky.plugins.celery.common.task_loop import TaskLoop
 from spakky.plugins.celery.delegation import MAX_DELEGATION_DEPTH_SETTING
-from spakky.plugins.celery.dispatch import PREPARED_DISPATCH_SETTING, PUBLISH_TIMEOUT_SETTING, TaskDispatcher
+from spakky.plugins.celery.dispatch import (
+    AUTHORIZE_CALLERS_SETTING,
+    PREPARED_DISPATCH_SETTING,
+    PUBLISH_TIMEOUT_SETTING,
+    TaskDispatcher,
+)
 from spakky.plugins.celery.instrumentation.auth_log import AuthDecisionLog
 from spakky.plugins.celery.post_processor import CeleryPostProcessor
 from spakky.plugins.celery.seal import Seals
@@ -47,6 +52,7 @@ def celery_app(config: CeleryConfig, customizers: tuple[CeleryCustomizer, ...] =
     )
     celery.conf.update(config.celery_settings())
     celery.conf[MAX_DELEGATION_DEPTH_SETTING] = config.max_delegation_depth
+    celery.conf[AUTHORIZE_CALLERS_SETTING] = config.authorize_callers
     celery.conf[PREPARED_DISPATCH_SETTING] = config.prepared_dispatch
     celery.conf[PUBLISH_TIMEOUT_SETTING] = config.publish_timeout.total_seconds()
     for customizer in customizers:

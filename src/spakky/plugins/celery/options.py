@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from difflib import get_close_matches
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, Literal, TypedDict, Unpack, cast
 
@@ -17,6 +18,7 @@ from celery.exceptions import TaskPredicate
 from kombu.compression import get_encoder
 from kombu.exceptions import SerializerNotInstalled
 from kombu.serialization import dumps, prepare_accept_content
+from spakky.auth.context import AuthContext
 from spakky.auth.error import AuthContextNotFoundError, AuthRequirementDeniedError
 
 from spakky.plugins.celery.common.config import CeleryDelivery, CelerySerializer
@@ -26,7 +28,9 @@ __all__ = [
     "CallOptions",
     "Duration",
     "MessageOptions",
+    "MethodOptions",
     "RetryPolicy",
+    "ScheduleOptions",
     "TaskOptions",
     "check_call_options",
     "check_codecs",
@@ -34,6 +38,7 @@ __all__ = [
     "merge_options",
     "own_options",
     "resolve_options",
+    "schedule_options",
     "task_options",
     "to_seconds",
     "unknown_queue",
@@ -109,6 +114,17 @@ class TaskOptions(MessageOptions, total=False):
     """Further names that workers know the task by: messages under an old name still run."""
 
 
+class ScheduleOptions(TypedDict, total=False):
+    """Options that a schedule can have: ``@schedule_options(**options)``."""
+
+    run_as: AuthContext | None
+    """Whose identity the runs have that beat begins. None: whose ``SchedulePrincipalProvider`` says."""
+
+
+class MethodOptions(TaskOptions, ScheduleOptions, total=False):
+    """All that a method can be given."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
     """When a run that failed is run again, and when that is given up; a value that any number of tasks can share.
@@ -172,32 +188,37 @@ def task_options[T](**options: Unpack[TaskOptions]) -> Callable[[T], T]:
     Raises:
         InvalidTaskOptionError: If an option is unknown, cannot be used, or contradicts another; at import.
     """
-
-    def decorate(target: T) -> T:
-        own = dict(own_options(target)) | dict(options)
-        _check_all(_name(target), own, _TASK_CHECKS)
-        if isinstance(target, type):
-            _refuse_names(target, own)
-        setattr(target, _ATTRIBUTE, MappingProxyType(own))
-        return target
-
-    return decorate
+    return partial(_give, options, _TASK_CHECKS)
 
 
-def own_options(target: object) -> TaskOptions:
-    """What ``@task_options`` gave to this very function or class."""
+def schedule_options[T](**options: Unpack[ScheduleOptions]) -> Callable[[T], T]:
+    """Give a schedule its options: beside ``@schedule`` in either order, or on a class for all its schedules.
+
+    They are inherited as those of ``@task_options`` are.
+
+    Args:
+        **options: See ``ScheduleOptions``.
+
+    Raises:
+        InvalidTaskOptionError: If an option is unknown or cannot be used; at import.
+    """
+    return partial(_give, options, _SCHEDULE_CHECKS)
+
+
+def own_options(target: object) -> MethodOptions:
+    """What ``@task_options`` and ``@schedule_options`` gave to this very function or class."""
     try:
         attributes: Mapping[str, object] = object.__getattribute__(target, "__dict__")
     except AttributeError:
         return {}
-    return cast("TaskOptions", attributes.get(_ATTRIBUTE, {}))
+    return cast("MethodOptions", attributes.get(_ATTRIBUTE, {}))
 
 
-def resolve_options(handler: type, attribute: str) -> TaskOptions:
+def resolve_options(handler: type, attribute: str) -> MethodOptions:
     """Merge what a handler's classes have with what its method has, each from the base to the nearest definition."""
     classes = handler.__mro__[::-1]
     members = (vars(class_).get(attribute) for class_ in classes)
-    return cast("TaskOptions", merge_options(*map(own_options, classes), *map(own_options, members)))
+    return cast("MethodOptions", merge_options(*map(own_options, classes), *map(own_options, members)))
 
 
 def merge_options(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -276,6 +297,16 @@ def to_seconds(duration: Duration) -> float:
     return duration.total_seconds() if isinstance(duration, timedelta) else duration
 
 
+def _give[T](options: Mapping[str, Any], checks: Mapping[str, "_Expectation"], target: T) -> T:
+    _check_each(_name(target), options, checks)
+    own = {**own_options(target), **options}
+    _check_together(_name(target), own)
+    if isinstance(target, type):
+        _refuse_names(target, own)
+    setattr(target, _ATTRIBUTE, MappingProxyType(own))
+    return target
+
+
 def _name(target: object) -> str:
     if isinstance(target, classmethod | staticmethod):
         target = target.__func__
@@ -290,6 +321,11 @@ def _refuse_names(target: type, options: Mapping[str, object]) -> None:
 
 
 def _check_all(target: str, options: Mapping[str, Any], checks: Mapping[str, "_Expectation"]) -> None:
+    _check_each(target, options, checks)
+    _check_together(target, options)
+
+
+def _check_each(target: str, options: Mapping[str, Any], checks: Mapping[str, "_Expectation"]) -> None:
     for name, value in options.items():
         if name not in checks:
             nearest = get_close_matches(name, checks, n=1)
@@ -297,6 +333,9 @@ def _check_all(target: str, options: Mapping[str, Any], checks: Mapping[str, "_E
             expected = f"There is no such option. {hint}Options are {', '.join(checks)}."
             raise InvalidTaskOptionError(target, name, repr(value), expected)
         _check(target, name, value, checks[name])
+
+
+def _check_together(target: str, options: Mapping[str, Any]) -> None:
     if options.get("countdown") is not None and options.get("eta") is not None:
         expected = "Give a countdown or an eta, not both: each says when the run may begin."
         raise InvalidTaskOptionError(target, "eta", repr(options["eta"]), expected)
@@ -421,6 +460,12 @@ _TASK_CHECKS: Final[Mapping[str, _Expectation]] = {
     "track_started": _FLAG,
     "name": (_is_name, _NAME),
     "aliases": (_is_names, "Give a tuple of texts, each once, such as ('shop.Mailer.send',)."),
+}
+_SCHEDULE_CHECKS: Final[Mapping[str, _Expectation]] = {
+    "run_as": (
+        _or_none(lambda value: isinstance(value, AuthContext)),
+        "Give an AuthContext, such as AuthContext(subject=AuthSubject(id='reports'), issuer='shop'), or None.",
+    ),
 }
 _POLICY_CHECKS: Final[Mapping[str, _Expectation]] = {
     "max_retries": (_or_none(_is_whole), "Give a whole number, 0 or more, or None for retries without end."),

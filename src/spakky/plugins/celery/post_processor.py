@@ -49,8 +49,10 @@ from spakky.plugins.celery.error import (
 )
 from spakky.plugins.celery.execution import TaskExecution, release_traceback
 from spakky.plugins.celery.keyword_guard import guard_keywords
+from spakky.plugins.celery.protection_check import check_protection
 from spakky.plugins.celery.run_retry import send_retry
 from spakky.plugins.celery.schedule import to_celery_schedule
+from spakky.plugins.celery.schedule_principal import SCHEDULED, SchedulePrincipals
 from spakky.plugins.celery.seal_check import SealCheck
 from spakky.plugins.celery.sealed_amqp import SealedAmqp
 
@@ -118,6 +120,7 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
         catalog = application_context.get_or_none(TaskCatalog)
         self._catalog = catalog if isinstance(catalog, TaskCatalog) else TaskCatalog()
         self._execution = TaskExecution(application_context, self._catalog, self._ports)
+        self._principals = SchedulePrincipals(application_context)
         if self._is_built_by_container:
             self._prefer_users_celery()
             self._fill_catalog()
@@ -153,11 +156,15 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
         Raises:
             AmbiguousCeleryPodError: If there are several Celery Pods of the application's own.
             EagerTasksRefusedError: If Celery is told to run tasks where they are dispatched.
+            TaskAuthNotConfiguredError: If no run of a protected task could be authorized.
+            SchedulePrincipalMissingError: If a protected schedule has no identity.
             InvalidScheduleRouteError: If a schedule cannot be kept.
             DuplicateTaskNameError: If the Celery app has a task of another origin with the name of one of ours.
         """
         if self._resolve_celery().conf.task_always_eager:
             raise EagerTasksRefusedError
+        check_protection(self._context, self._catalog)
+        self._principals.check(self._catalog)
         for handler in self._catalog.handlers():
             self._register(handler)
         self._connect_signals()
@@ -261,6 +268,8 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
         codec = codec_of(method)
         if codec.has_sensitive_arguments:
             attributes["Request"] = MASKED_REQUEST
+        if method.schedule is not None and self._principals.is_wanted_for(method):
+            attributes["apply_async"] = self._principals.make_apply_async(method)
         if codec.has_sensitive_result:
             attributes["resultrepr_maxsize"] = 0  # Celery logs a result, and puts it into events, up to this length
         celery.task(
@@ -306,13 +315,14 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
             app=celery,
         )
         pods = self._catalog.pods_of(method.handler)
-        options = to_publish_options(method.options)
+        headers: dict[str, object] = {SCHEDULED: True} if self._principals.is_wanted_for(method) else {}
+        options = {**to_publish_options(method.options), **({"headers": headers} if headers else {})}
         entry = {"task": method.name, "schedule": schedule, "options": options}
         if len(pods) == 1:
             self._entries[method.name] = entry
             return
         for pod in pods:
-            named = {**options, "headers": {HANDLER_POD_HEADER: pod}}
+            named = {**options, "headers": {**headers, HANDLER_POD_HEADER: pod}}
             self._entries[f"{method.name}[{pod}]"] = {**entry, "options": named}
 
     def _connect_signals(self) -> None:

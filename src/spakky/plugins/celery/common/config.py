@@ -380,6 +380,10 @@ class CeleryConfig(BaseSettings):
     allow_pickle: bool = False
     """Permit ``pickle`` as a serializer: whoever can write to the broker can then run code in every worker."""
 
+    authorize_callers: bool = True
+    """Whether a caller of a protected task is authorized before a message exists, as the worker does again before the
+    body runs. False: only the worker decides, for callers that have not its providers' data. The plugin reads it."""
+
     seal_keys: _SealKeys = {}
     """Secrets that messages are sealed with, by key id: the first one seals, all are accepted. In the environment a
     JSON object; each secret has 32 bytes or more. See security.md. Celery: the class of ``app.amqp``."""

@@ -25,7 +25,7 @@ from spakky.task.stereotype.schedule import ScheduleRoute
 from spakky.task.stereotype.task_handler import TaskRoute
 
 from spakky.plugins.celery.error import TaskArgumentsError, TaskNotRegisteredError, UnsupportedTaskMethodError
-from spakky.plugins.celery.options import TaskOptions, own_options, resolve_options
+from spakky.plugins.celery.options import MethodOptions, own_options, resolve_options
 
 __all__ = [
     "HOST_PARAMETER_NAMES",
@@ -61,8 +61,8 @@ class TaskMethod:
     """When beat runs it, or None."""
     signature: Signature
     """Parameters without ``self``."""
-    options: TaskOptions
-    """What ``@task_options`` says of it, on its class and on itself; what nobody set is absent."""
+    options: MethodOptions
+    """What its decorators for options say of it, on its class and on itself; what nobody set is absent."""
 
     @property
     def aliases(self) -> tuple[str, ...]:
@@ -284,8 +284,13 @@ def _refuse_options_without_task(handler: type, decorated: list[str]) -> None:
     members = {name: member for class_ in handler.__mro__ for name, member in vars(class_).items()}
     for name in members.keys() - set(decorated):
         if any(own_options(source) for source in _to_sources(members[name])):
-            reason = "it has @task_options, and neither @task nor @schedule."
-            instead = "Add @task, or take @task_options away."
+            reason = "it has options of a task, and neither @task nor @schedule."
+            instead = "Add @task, or take the options away."
+            raise UnsupportedTaskMethodError(to_qualified_name(handler), name, reason, instead)
+    for name in decorated:
+        if "run_as" in own_options(getattr_static(handler, name)) and _find_routes(handler, name)[1] is None:
+            reason = "it has @schedule_options, and no @schedule."
+            instead = "Add @schedule, or take @schedule_options away."
             raise UnsupportedTaskMethodError(to_qualified_name(handler), name, reason, instead)
 
 
