@@ -227,10 +227,10 @@ def test_an_unprotected_task_with_a_bad_snapshot_has_no_identity(worker: Bench, 
         wait_for(send(worker, "support.auth_app.Open.open_safe", envelope))
 
 
-@pytest.mark.parametrize("part", ["verifier", "checker"])
+@pytest.mark.parametrize("part", ["verifier", "checker", "lost verifier", "lost checker"])
 @pytest.mark.parametrize("name", ["role", "role_async"])
 def test_a_provider_that_fails_is_asked_again(worker: Bench, part: str, name: str) -> None:
-    """A verifier or checker that is out of order costs a retry, and the task runs when it is back."""
+    """A verifier or checker that says or shows to be out of order costs a retry; the task runs when it is back."""
     envelope, event = sign(worker, ADMIN), f"{part} down"
     before, ran = len(worker.events(event=event)), len(worker.events(event="ran"))
     with outage(worker.folder / "outages", part):

@@ -134,6 +134,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "seed_and_authorize_celery_task",
         "seed_auth_context",
         "to_auth_metadata",
+        "to_outage",
     ],
     "canvas": ["Leaf", "TaskCall", "TaskGroup", "TaskStep", "compose_chain", "compose_chord"],
     "cli": ["find_application", "main"],

@@ -1,6 +1,7 @@
 """One run, in this process: what it sees, what it leaves, and how it ends."""
 
 import asyncio
+import socket
 from collections.abc import Iterator
 from typing import Any, override
 
@@ -9,9 +10,12 @@ from celery.app.trace import build_tracer
 from celery.exceptions import Retry
 from spakky.auth import (
     AuthContext,
+    AuthInvocation,
     AuthorizationDecision,
     AuthorizationReasonCode,
     AuthRequirementDeniedError,
+    AuthVerificationProviderUnavailableError,
+    ExpiredAuthContextSnapshotError,
 )
 from spakky.auth.constants import AUTH_CONTEXT_CONTEXT_KEY, AUTH_CONTEXT_SNAPSHOT_METADATA_KEY
 from spakky.auth.metadata import protected
@@ -27,10 +31,29 @@ from spakky.plugins.celery.common.constants import CELERY_TASK_CONTEXT_KEY
 from spakky.plugins.celery.error import TaskArgumentsError, TaskAuthorizationDeniedError
 from spakky.plugins.celery.options import RetryPolicy, task_options
 from support.fixtures import celery_of
-from support.identities import OUTAGE, PROPAGATION, Believer
+from support.identities import OUTAGE, PROPAGATION, Believing
 from support.probe import build
 
+ERRORS: dict[str, Exception] = {
+    "outage": AuthVerificationProviderUnavailableError(),
+    "connection": ConnectionRefusedError("redis://:canary@host refused"),
+    "timeout": TimeoutError("timed out"),
+    "name": socket.gaierror("no such host"),
+    "odd": LookupError("odd"),
+    "expired": ExpiredAuthContextSnapshotError(),
+}
 SNAPSHOT = {AUTH_CONTEXT_SNAPSHOT_METADATA_KEY: "Ada"}
+
+
+@Pod()
+class Verifier(Believing):
+    """Believes every snapshot, but for those that stand for an error."""
+
+    @override
+    def verify_snapshot(self, snapshot_envelope: str, invocation: AuthInvocation) -> AuthContext:
+        if snapshot_envelope in ERRORS:
+            raise ERRORS[snapshot_envelope]
+        return super().verify_snapshot(snapshot_envelope, invocation)
 
 
 @TaskHandler()
@@ -58,6 +81,22 @@ class Looks(IApplicationContextAware):
         value = self.context.get_context_value(AUTH_CONTEXT_CONTEXT_KEY)
         assert isinstance(value, AuthContext)
         return value.subject.id
+
+    @task
+    @protected
+    @task_options(retry=RetryPolicy(max_retries=2, backoff=7, jitter=False, retry_on=Exception))
+    def fail_to_connect(self) -> None:
+        raise ConnectionError
+
+    @task
+    @task_options(retry=RetryPolicy(max_retries=2, backoff=7, jitter=False, retry_on=Exception))
+    def be_denied(self) -> None:
+        raise AuthRequirementDeniedError(AuthorizationDecision.error(AuthorizationReasonCode.INTERNAL_ERROR))
+
+    @task
+    @protected
+    def fail_without_policy(self) -> None:
+        raise ConnectionError
 
     @task
     def leave(self) -> None:
@@ -93,7 +132,7 @@ def _propagation(_memory_broker: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def app() -> Iterator[SpakkyApplication]:
-    started = build(Looks, Believer).start()
+    started = build(Looks, Verifier).start()
     yield started
     started.stop()
 
@@ -128,28 +167,79 @@ def test_a_protected_run_without_identity_is_denied(app: SpakkyApplication) -> N
     assert (caught.value.state, caught.value.reason_code) == ("CHALLENGE", "SNAPSHOT_MISSING")
 
 
-def test_an_outage_of_a_provider_is_retried(app: SpakkyApplication) -> None:
-    """When the verifier cannot be reached, the run is retried later, and later still the next time."""
-    body = celery_of(app).tasks[f"{Looks.__module__}.Looks.look_protected"]
+def run_from_queue(app: SpakkyApplication, name: str, envelope: str | None, retries: int = 0) -> Any:
+    """Run a task as a worker does that has it from a queue."""
+    body = celery_of(app).tasks[f"{Looks.__module__}.Looks.{name}"]
+    headers = {} if envelope is None else {AUTH_CONTEXT_SNAPSHOT_METADATA_KEY: envelope}
+    body.push_request(
+        id="an-id",
+        retries=retries,
+        called_directly=False,
+        headers=headers,
+        delivery_info={},
+        args=[],
+        kwargs={},
+    )
+    try:
+        return body.run()
+    finally:
+        body.pop_request()
+
+
+OUTAGES = ["outage", "connection", "timeout", "name"]
+
+
+@pytest.mark.parametrize("envelope", OUTAGES)
+def test_an_outage_of_a_provider_is_retried(app: SpakkyApplication, envelope: str) -> None:
+    """When a provider cannot be reached, typed or as Python says it, the run is retried later and later."""
     delays = []
     for retries in (0, 1, 2):
-        body.push_request(
-            id="an-id",
-            retries=retries,
-            called_directly=False,
-            headers={AUTH_CONTEXT_SNAPSHOT_METADATA_KEY: OUTAGE},
-            delivery_info={},
-            args=[],
-            kwargs={},
-        )
-        try:
-            with pytest.raises(Retry) as caught:
-                body.run()
-        finally:
-            body.pop_request()
+        with pytest.raises(Retry) as caught:
+            run_from_queue(app, "look_protected", envelope, retries)
         delays.append(caught.value.when)
         assert isinstance(caught.value.exc, TaskAuthorizationDeniedError)
     assert delays == [10, 30, 90]
+
+
+@pytest.mark.parametrize("envelope", OUTAGES)
+def test_an_outage_is_retried_as_the_task_has_it(app: SpakkyApplication, envelope: str) -> None:
+    """The task's own policy says when, and how often; then the decision is what the caller gets."""
+    for retries, delay in ((0, 7), (1, 14)):
+        with pytest.raises(Retry) as caught:
+            run_from_queue(app, "fail_to_connect", envelope, retries)
+        assert caught.value.when == delay
+    with pytest.raises(TaskAuthorizationDeniedError) as denied:
+        run_from_queue(app, "fail_to_connect", envelope, 2)
+    assert denied.value.state == "ERROR"
+    assert "canary" not in str(denied.value)
+
+
+@pytest.mark.parametrize("envelope", [None, "expired"])
+def test_a_denial_is_never_retried(app: SpakkyApplication, envelope: str | None) -> None:
+    """Not even by a policy that retries every error; nor is one, of whatever state, that comes from the body."""
+    for name in ("fail_to_connect", "look_protected"):
+        with pytest.raises(TaskAuthorizationDeniedError) as denied:
+            run_from_queue(app, name, envelope)
+        assert denied.value.state == "CHALLENGE"
+    with pytest.raises(TaskAuthorizationDeniedError):
+        run_from_queue(app, "be_denied", envelope)
+
+
+def test_errors_of_the_body_are_no_outages(app: SpakkyApplication) -> None:
+    """A body that cannot connect fails as it is, and so does a provider with an error that is no outage."""
+    with pytest.raises(ConnectionError):
+        run_from_queue(app, "fail_without_policy", "Ada")
+    with pytest.raises(Retry) as caught:
+        run_from_queue(app, "fail_to_connect", "Ada")
+    assert type(caught.value.exc) is ConnectionError
+    with pytest.raises(LookupError):
+        run_from_queue(app, "look_protected", "odd")
+
+
+@pytest.mark.parametrize("envelope", OUTAGES)
+def test_an_unprotected_task_waits_for_no_provider(app: SpakkyApplication, envelope: str) -> None:
+    """It runs without an identity."""
+    assert run_from_queue(app, "look", envelope)["subject"] is None
 
 
 def test_denials_inside_a_body_keep_their_decision(app: SpakkyApplication) -> None:
@@ -212,7 +302,7 @@ def test_a_propagator_that_fails_costs_no_task() -> None:
         def fields(self) -> list[str]:
             return ["traceparent"]
 
-    started = build(Looks, Believer, Failing).start()
+    started = build(Looks, Verifier, Failing).start()
     try:
         assert run(started, "look", traceparent="x")["trace"]
     finally:
@@ -221,7 +311,7 @@ def test_a_propagator_that_fails_costs_no_task() -> None:
 
 async def test_results_are_awaited_without_blocking() -> None:
     """get_async waits for a result, or for an error, that comes while it polls."""
-    started = await asyncio.to_thread(build(Looks, Believer).start)
+    started = await asyncio.to_thread(build(Looks, Verifier).start)
     backend = celery_of(started).backend
     looks: Any = started.container.get(Looks)
     good, bad = looks.look(), looks.leave()

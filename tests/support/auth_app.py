@@ -106,6 +106,9 @@ class Rights(IRoleChecker, IScopeChecker, IPermissionChecker, IRelationChecker, 
     def _decide(self, allowed: bool, code: AuthorizationReasonCode) -> AuthorizationDecision:
         trace = TraceContext.get()
         record("asked", trace_id=trace.trace_id if trace else None, allowed=allowed)
+        if is_down("lost checker"):
+            record("lost checker down")
+            raise ConnectionRefusedError
         if is_down("checker"):
             record("checker down")
             return AuthorizationDecision.error(AuthorizationReasonCode.INTERNAL_ERROR, "checker is down")
@@ -145,6 +148,9 @@ class Verifier(IAuthContextSnapshotVerifier):
 
     @override
     def verify_snapshot(self, snapshot_envelope: str, invocation: AuthInvocation) -> AuthContext:
+        if is_down("lost verifier"):
+            record("lost verifier down")
+            raise ConnectionRefusedError
         if is_down("verifier"):
             record("verifier down")
             raise AuthVerificationProviderUnavailableError
@@ -456,6 +462,11 @@ def create_app() -> SpakkyApplication:
 def create_open_app() -> SpakkyApplication:
     """Build an application without protected tasks."""
     return build(Rights, auth_provider, Open, Safe, plugins=AUTH_PLUGINS)
+
+
+def create_app_without_outages() -> SpakkyApplication:
+    """Build the same application with the provider of spakky-cryptography itself as its verifier."""
+    return build(*PODS, plugins=AUTH_PLUGINS)
 
 
 def create_app_without_signer() -> SpakkyApplication:

@@ -18,8 +18,7 @@ PROPAGATION: Final = "SPAKKY_AUTH_SNAPSHOT_PROPAGATION_ENABLED"
 OUTAGE: Final = "outage"
 
 
-@Pod()
-class Believer(IAuthContextSnapshotSigner, IAuthContextSnapshotVerifier):
+class Believing(IAuthContextSnapshotSigner, IAuthContextSnapshotVerifier):
     """Believes every snapshot, whose text is the subject's id, but for one that stands for an outage."""
 
     @override
@@ -31,3 +30,8 @@ class Believer(IAuthContextSnapshotSigner, IAuthContextSnapshotVerifier):
         if snapshot_envelope == OUTAGE:
             raise AuthVerificationProviderUnavailableError
         return AuthContext(subject=AuthSubject(id=snapshot_envelope), issuer="test")
+
+
+@Pod()
+class Believer(Believing):
+    """The Pod of it; another one derives from what is no Pod yet."""

@@ -72,6 +72,7 @@ __all__ = [
     "seed_and_authorize_celery_task",
     "seed_auth_context",
     "to_auth_metadata",
+    "to_outage",
 ]
 
 logger = getLogger(__name__)
@@ -209,6 +210,10 @@ def seed_auth_context(
     except TaskAuthorizationDeniedError as error:
         logger.warning("Task %r runs without an identity: %s", task_name, error.reason_code)
         return error
+    except OSError as error:
+        refusal = TaskAuthorizationDeniedError.from_decision(task_name, to_outage(error))
+        logger.warning("Task %r runs without an identity: %s", task_name, refusal.reason)
+        return refusal
     return None
 
 
@@ -261,6 +266,15 @@ def seed_and_authorize_celery_task(
 def is_retryable_auth_failure(error: AuthRequirementDeniedError) -> bool:
     """Whether a provider failed, so that a retry may succeed. A refusal stays a refusal and is not retried."""
     return error.decision is not None and error.decision.state is AuthorizationDecisionState.ERROR
+
+
+def to_outage(error: OSError) -> AuthorizationDecision:
+    """Make the decision of a provider that could not be reached.
+
+    It names the kind of error alone: what a driver says of a connection that failed may have its password in it.
+    """
+    reason = f"a provider could not be reached ({type(error).__name__})"
+    return AuthorizationDecision.error(AuthorizationReasonCode.INTERNAL_ERROR, reason)
 
 
 def _find_auth_context(application_context: IApplicationContext) -> AuthContext | None:

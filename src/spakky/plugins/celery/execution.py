@@ -22,6 +22,7 @@ from spakky.plugins.celery.auth import (
     seed_and_authorize_celery_task,
     seed_auth_context,
     to_auth_metadata,
+    to_outage,
 )
 from spakky.plugins.celery.codec import codec_of
 from spakky.plugins.celery.common.constants import (
@@ -179,12 +180,18 @@ class TaskExecution:
         verifier = ports.snapshot_verifier
         check = None if verifier is None else DelegationCheck(verifier, method.name, task.app)
         try:
-            verdict = self._decide(method, headers, replace(ports, snapshot_verifier=check))
+            verdict = self._decide_or_tell_outage(method, headers, replace(ports, snapshot_verifier=check))
         except Exception as error:
             self._audit.tell(to_run_record(task, method.name, to_verdict(error), check))
             raise
         if verdict is not None:
             self._audit.tell(to_run_record(task, method.name, verdict, check))
+
+    def _decide_or_tell_outage(self, method: TaskMethod, headers: dict[str, str], ports: AuthPorts) -> Verdict | None:
+        try:
+            return self._decide(method, headers, ports)
+        except OSError as error:
+            raise TaskAuthorizationDeniedError.from_decision(method.name, to_outage(error)) from error
 
     def _decide(self, method: TaskMethod, headers: dict[str, str], ports: AuthPorts) -> Verdict | None:
         """Seed the identity, and raise where it does not suffice; None where nothing had to be decided."""
