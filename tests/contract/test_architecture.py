@@ -86,7 +86,7 @@ VALUES = {
     "schedule",
     "seal",
 }
-BOTH_ENDS = {"audit", "auth", "sealed_amqp"}
+BOTH_ENDS = {"audit", "auth", "due_snapshots", "sealed_amqp", "snapshot_horizon"}
 OBSERVATION = {"instrumentation", "instrumentation.auth_decisions"}
 BACK_ENDS = {"instrumentation.auth_log"}
 TRANSPORTS = {"transport", "transport.redis"}

@@ -153,7 +153,9 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "HANDLER_POD_HEADER",
         "MASKED_REQUEST",
         "SEAL_HEADER",
+        "SEAL_HELD_HEADER",
         "SERIALIZER_HEADER",
+        "SNAPSHOT_GRACE_SETTING",
         "WORKER_THREADS_SETTING",
     ],
     "common.customizer": ["CeleryCustomizer"],
@@ -178,6 +180,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "TaskDispatcher",
         "TaskSender",
     ],
+    "due_snapshots": ["GraceVerifier", "IDueSnapshotVerifier", "find_due_verifier"],
     "error": [
         "AbstractSpakkyCeleryError",
         "AbstractTaskDispatchError",

@@ -20,7 +20,12 @@ from spakky.core.application.application import SpakkyApplication
 from spakky.core.application.application_context import ApplicationContext
 
 from spakky.plugins.celery.common.config import CeleryConfig, CeleryDelivery, CelerySealPolicy, CelerySerializer
-from spakky.plugins.celery.common.constants import ASYNCIO_POOL, BLOCKED_LOOP_SETTING, WORKER_THREADS_SETTING
+from spakky.plugins.celery.common.constants import (
+    ASYNCIO_POOL,
+    BLOCKED_LOOP_SETTING,
+    SNAPSHOT_GRACE_SETTING,
+    WORKER_THREADS_SETTING,
+)
 from spakky.plugins.celery.error import AbstractSpakkyCeleryError, InvalidCeleryConfigError, InvalidTimezoneError
 
 PREFIX = "SPAKKY_CELERY__"
@@ -171,6 +176,8 @@ def test_settings_are_made_anew() -> None:
         ({"worker_pool": "prefork"}, {"worker_pool": "prefork", "worker_concurrency": None}),
         ({"worker_threads": 3}, {WORKER_THREADS_SETTING: 3, BLOCKED_LOOP_SETTING: 1}),
         ({"blocked_loop_warning": 0}, {WORKER_THREADS_SETTING: 10, BLOCKED_LOOP_SETTING: 0}),
+        ({}, {SNAPSHOT_GRACE_SETTING: 3600}),
+        ({"snapshot_grace": 0}, {SNAPSHOT_GRACE_SETTING: 0}),
         ({}, {"broker_connection_retry_on_startup": True, "worker_hijack_root_logger": True}),
         ({}, {"task_create_missing_queues": True, "task_acks_on_failure_or_timeout": True}),
     ],

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from itertools import batched
 from types import MappingProxyType
@@ -21,6 +21,7 @@ from kombu.entity import Queue
 from kombu.exceptions import EncodeError, KombuError
 from kombu.messaging import Producer
 from kombu.serialization import dumps
+from spakky.auth.constants import AUTH_CONTEXT_SNAPSHOT_METADATA_KEY
 from spakky.auth.ports import IAuthContextSnapshotSigner
 from spakky.auth.startup import AuthSnapshotPropagationConfig
 from spakky.core.pod.annotations.pod import Pod
@@ -77,6 +78,7 @@ from spakky.plugins.celery.outlet import ITaskOutlet
 from spakky.plugins.celery.prepared_dispatch import PreparedDispatch
 from spakky.plugins.celery.producer_connections import ProducerConnections
 from spakky.plugins.celery.publisher import Publisher, PublishTimeoutError
+from spakky.plugins.celery.snapshot_horizon import warn_of_late_dispatch
 
 __all__ = [
     "AUTHORIZE_CALLERS_SETTING",
@@ -162,6 +164,7 @@ class TaskSender:
     def __post_init__(self) -> None:
         """Make what threads share before there are threads."""
         renew_after_fork(self.celery)
+        self._warned: set[TaskMethod] = set()
         self._producers = ProducerConnections(self.celery, self._timeout_s)
         self._publisher = Publisher(self._producers.limit if self.catalog is not None else 1)
         self._templates = MessageTemplates(self.celery)
@@ -402,12 +405,14 @@ class TaskSender:
         headers = self._make_headers(bound)
         if call_options.get("serializer") is not None:
             headers[SERIALIZER_HEADER] = str(call_options["serializer"])
+        publish_options = to_publish_options(options)
+        self._warn_of_late(method, headers, publish_options)
         return _Envelope(
             method=method,
             args=(),
             kwargs={},
             headers=headers,
-            options=self._make_lineage() | to_publish_options(options),
+            options=self._make_lineage() | publish_options,
             ignore_result=options.get("ignore_result"),
             reply_queue=self._find_reply_queue(),
             task_id="",
@@ -536,6 +541,17 @@ class TaskSender:
             self._inject_identity(bound.method, headers, self.application_context)
             self._name_pod(bound, headers, self.application_context)
         return headers
+
+    def _warn_of_late(self, method: TaskMethod, headers: Mapping[str, str], options: Mapping[str, Any]) -> None:
+        """Warn, once for each task, of a protected one that is put off for longer than the identity in it lives."""
+        envelope = headers.get(AUTH_CONTEXT_SNAPSHOT_METADATA_KEY)
+        due: datetime | None = options.get("eta")
+        if options.get("countdown") is not None:
+            due = datetime.now(UTC) + timedelta(seconds=options["countdown"])
+        if envelope is None or due is None or method in self._warned or not to_auth_metadata(method).protected:
+            return
+        if warn_of_late_dispatch(method.name, envelope, due):
+            self._warned.add(method)
 
     def _inject_identity(self, method: TaskMethod, headers: dict[str, str], context: IApplicationContext) -> None:
         try:

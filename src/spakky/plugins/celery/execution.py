@@ -3,13 +3,16 @@
 from collections.abc import Awaitable
 from contextvars import Context, copy_context
 from dataclasses import replace
+from datetime import timedelta
 from inspect import isawaitable
 from logging import getLogger
 from typing import Any, Final
 
 from celery import Task
+from celery.utils.time import maybe_iso8601
 from spakky.auth.constants import AUTH_CONTEXT_SNAPSHOT_METADATA_KEY
 from spakky.auth.error import AuthRequirementDeniedError
+from spakky.auth.ports import IAuthContextSnapshotVerifier
 from spakky.core.pod.interfaces.application_context import IApplicationContext
 from spakky.core.pod.interfaces.container import NoUniquePodError
 from spakky.tracing.context import TraceContext
@@ -30,6 +33,8 @@ from spakky.plugins.celery.common.constants import (
     CELERY_TASK_CONTEXT_KEY,
     CODEC_HEADER,
     HANDLER_POD_HEADER,
+    SEAL_HELD_HEADER,
+    SNAPSHOT_GRACE_SETTING,
 )
 from spakky.plugins.celery.common.remote_errors import to_travelling_error
 from spakky.plugins.celery.common.run_key import key_by_run
@@ -38,9 +43,11 @@ from spakky.plugins.celery.common.task_catalog import TaskCatalog
 from spakky.plugins.celery.common.task_loop import TaskLoop
 from spakky.plugins.celery.common.task_method import TaskMethod
 from spakky.plugins.celery.delegation import DelegationCheck
+from spakky.plugins.celery.due_snapshots import GraceVerifier
 from spakky.plugins.celery.error import AmbiguousHandlerPodError, TaskAuthorizationDeniedError
 from spakky.plugins.celery.run import CURRENT_RUN, Run
 from spakky.plugins.celery.run_retry import retry
+from spakky.plugins.celery.seal import HeldSeal
 
 __all__ = ["TaskExecution", "release_traceback"]
 
@@ -177,7 +184,7 @@ class TaskExecution:
         if not to_auth_metadata(method).protected and AUTH_CONTEXT_SNAPSHOT_METADATA_KEY not in headers:
             return
         ports = self._ports or AuthPorts.from_context(self._application_context)
-        verifier = ports.snapshot_verifier
+        verifier = self._with_grace(task, headers, ports.snapshot_verifier)
         check = None if verifier is None else DelegationCheck(verifier, method.name, task.app)
         try:
             verdict = self._decide_or_tell_outage(method, headers, replace(ports, snapshot_verifier=check))
@@ -217,6 +224,21 @@ class TaskExecution:
             scope_checker=ports.scope_checker,
         )
         return ALLOWED
+
+    def _with_grace(
+        self,
+        task: Task,
+        headers: dict[str, str],
+        verifier: IAuthContextSnapshotVerifier | None,
+    ) -> IAuthContextSnapshotVerifier | None:
+        """Let what expired in the queue pass for a while, where this worker knows that nobody changed the message."""
+        if verifier is None or type(headers.get(SEAL_HELD_HEADER)) is not HeldSeal:
+            return verifier
+        grace_s = task.app.conf.get(SNAPSHOT_GRACE_SETTING)
+        eta = maybe_iso8601(task.request.eta)
+        if not grace_s or (eta is not None and eta.tzinfo is None):
+            return verifier
+        return GraceVerifier(self._application_context, verifier, eta, timedelta(seconds=grace_s))
 
     def _resolve(self, method: TaskMethod, named: object) -> object:
         pod = self._catalog.pod_for(method, named)

@@ -51,6 +51,8 @@ _ATTRIBUTE: Final = "__spakky_celery_task_options__"
 """Attribute of functions and classes. Read from their own ``vars()`` alone: what a base has is another layer."""
 
 _HIGHEST_PRIORITY: Final = 9
+_LAST_DOUBLED: Final = 64
+"""Twice as long, so many times over, is more than any maximum; the power has no bound when retries go on."""
 _RATE: Final = re.compile(r"\d+(?:\.\d+)?(?:/[smh])?")
 _NEVER_RETRIED: Final = (
     TaskPredicate,
@@ -172,9 +174,17 @@ class RetryPolicy:
             retries: Retries so far.
         """
         longest = to_seconds(self.backoff_max)
-        # Twice as long, 64 times over, is more than any maximum; the power itself has no bound when retries go on.
-        delay = min(longest, to_seconds(self.backoff) * 2.0 ** min(retries, 64))
+        delay = min(longest, to_seconds(self.backoff) * 2.0 ** min(retries, _LAST_DOUBLED))
         return delay * random.uniform(0.5, 1) if self.jitter else delay  # noqa: S311  # no secret
+
+    def longest_s(self) -> float:
+        """Seconds that all its retries wait at most, all together; infinite where there is no last one."""
+        if self.max_retries is None:
+            return math.inf
+        growing = min(self.max_retries, _LAST_DOUBLED)
+        longest, backoff = to_seconds(self.backoff_max), to_seconds(self.backoff)
+        waits = sum(min(longest, backoff * 2.0**retries) for retries in range(growing))
+        return waits + min(longest, backoff * 2.0**_LAST_DOUBLED) * (self.max_retries - growing)
 
 
 def task_options[T](**options: Unpack[TaskOptions]) -> Callable[[T], T]:

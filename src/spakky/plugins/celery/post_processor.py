@@ -55,6 +55,7 @@ from spakky.plugins.celery.schedule import to_celery_schedule
 from spakky.plugins.celery.schedule_principal import SCHEDULED, SchedulePrincipals
 from spakky.plugins.celery.seal_check import SealCheck
 from spakky.plugins.celery.sealed_amqp import SealedAmqp
+from spakky.plugins.celery.snapshot_horizon import warn_of_short_snapshots
 
 __all__ = ["CeleryPostProcessor"]
 
@@ -151,7 +152,7 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
 
     @override
     def start(self) -> None:
-        """Register every catalogued handler.
+        """Register every catalogued handler, and warn of tasks that outwait the identities in their messages.
 
         Raises:
             AmbiguousCeleryPodError: If there are several Celery Pods of the application's own.
@@ -161,6 +162,10 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
             InvalidScheduleRouteError: If a schedule cannot be kept.
             DuplicateTaskNameError: If the Celery app has a task of another origin with the name of one of ours.
         """
+        self._register_all()
+        warn_of_short_snapshots(self._context, self._resolve_celery(), self._catalog)
+
+    def _register_all(self) -> None:
         if self._resolve_celery().conf.task_always_eager:
             raise EagerTasksRefusedError
         check_protection(self._context, self._catalog)
@@ -197,7 +202,7 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
         self.set_application_context(application_context)
         self._prefer_users_celery()
         self._fill_catalog()
-        self.start()
+        self._register_all()
         return self._resolve_celery()
 
     def register_tasks(self, celery: Celery) -> None:

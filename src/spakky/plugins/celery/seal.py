@@ -23,7 +23,7 @@ from spakky.plugins.celery.common.constants import (
     SERIALIZER_HEADER,
 )
 
-__all__ = ["SEALED_HEADERS", "SealProblem", "SealVerdict", "SealedParts", "Seals", "find_key_id"]
+__all__ = ["SEALED_HEADERS", "HeldSeal", "SealProblem", "SealVerdict", "SealedParts", "Seals", "find_key_id"]
 
 SEALED_HEADERS: Final = (
     "task",
@@ -62,6 +62,16 @@ class SealProblem(StrEnum):
     MALFORMED = "malformed"
     UNKNOWN_KEY = "unknown key"
     MISMATCH = "mismatch"
+
+
+class HeldSeal(str):
+    """What a worker that has checked a seal puts into the headers, for the run.
+
+    A header that came over a wire is a plain ``str``, whatever it says, also when a retry has sent this one on. The
+    pickle that takes headers to a prefork child keeps the class.
+    """
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ from celery.utils.imports import instantiate
 
 from spakky.plugins.celery.audit import AuthAudit, to_seal_record
 from spakky.plugins.celery.common.config import CelerySealPolicy
+from spakky.plugins.celery.common.constants import SEAL_HELD_HEADER
 from spakky.plugins.celery.error import TaskSealInvalidError
-from spakky.plugins.celery.seal import SealedParts, SealProblem, Seals, SealVerdict
+from spakky.plugins.celery.seal import HeldSeal, SealedParts, SealProblem, Seals, SealVerdict
 
 __all__ = ["SealCheck"]
 
@@ -49,6 +50,8 @@ class SealCheck:
 
         def check_then_handle(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **kwargs: Any) -> Any:
             verdict = self._judge(message)
+            if verdict.problem is None:
+                message.headers[SEAL_HELD_HEADER] = HeldSeal(verdict.key_id)
             if verdict.problem is None or self._tolerate(task, verdict.problem, verdict):
                 return handle(message, body, ack, reject, callbacks, **kwargs)
             return self._refuse(task, message, verdict, partial(reject, logger, consumer.connection_errors))

@@ -41,6 +41,7 @@ from spakky.plugins.celery.common.constants import (
     BLOCKED_LOOP_SETTING,
     DEFAULT_CONCURRENCY,
     DEFAULT_CONCURRENCY_SETTING,
+    SNAPSHOT_GRACE_SETTING,
     WORKER_THREADS_SETTING,
 )
 from spakky.plugins.celery.error import InvalidCeleryConfigError, InvalidTimezoneError
@@ -396,6 +397,10 @@ class CeleryConfig(BaseSettings):
     """How often an identity may be handed on, from the first dispatch by a task's dispatch of another one, and so on. A
     dispatch beyond it fails, and workers refuse what others dispatched beyond it. The plugin reads it, not Celery."""
 
+    snapshot_grace: _Grace = timedelta(hours=1)
+    """Time after its end in which a snapshot is taken, if it was valid when its run was due and the seal of the message
+    holds: what a queue may be late. 0: none. The plugin reads it, not Celery."""
+
     @_without_parameters
     def __init__(self, **settings: Any) -> None:
         known = {name: value for name, value in settings.items() if name in type(self).model_fields}
@@ -553,6 +558,7 @@ class CeleryConfig(BaseSettings):
             "worker_enable_prefetch_count_reduction": False,
             "worker_pool": self.worker_pool or ASYNCIO_POOL,
             WORKER_THREADS_SETTING: self.worker_threads,
+            SNAPSHOT_GRACE_SETTING: _to_seconds(self.snapshot_grace),
             BLOCKED_LOOP_SETTING: _to_seconds(self.blocked_loop_warning),
             **self._concurrency_settings(),
         }

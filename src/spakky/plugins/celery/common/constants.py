@@ -14,7 +14,9 @@ __all__ = [
     "HANDLER_POD_HEADER",
     "MASKED_REQUEST",
     "SEAL_HEADER",
+    "SEAL_HELD_HEADER",
     "SERIALIZER_HEADER",
+    "SNAPSHOT_GRACE_SETTING",
     "WORKER_THREADS_SETTING",
 ]
 
@@ -32,6 +34,12 @@ CODEC_HEADER: Final = "spakky.celery.codec"
 
 SEAL_HEADER: Final = "spakky.celery.seal"
 """Header with the seal of a message."""
+
+SEAL_HELD_HEADER: Final = "spakky.celery.seal-held"
+"""Header in which a worker notes for a run that the seal of its message holds; see ``seal.HeldSeal``."""
+
+SNAPSHOT_GRACE_SETTING: Final = "spakky_snapshot_grace"
+"""Celery setting: seconds after its end in which a snapshot is taken whose run was due before; 0 for none."""
 
 APPLICATION_CONTEXT_ATTRIBUTE: Final = "spakky_application_context"
 """Attribute of our Celery tasks: the application context that they belong to."""
