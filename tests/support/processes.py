@@ -38,7 +38,7 @@ class Process:
         """All that it has printed so far."""
         return self.log.read_text(errors="replace")
 
-    def wait_for(self, text: str, timeout_s: float = 30) -> None:
+    def wait_for(self, text: str, timeout_s: float = 90) -> None:
         """Wait until it has printed a text."""
         wait_until(lambda: text in self.output or self.popen.poll() is not None, timeout_s, lambda: self.output)
         assert text in self.output, f"exited with {self.popen.returncode}:\n{self.output}"

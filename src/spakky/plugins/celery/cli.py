@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from inspect import signature
@@ -13,13 +13,17 @@ from celery.bin.celery import celery as celery_command
 from celery.concurrency import ALIASES
 from spakky.core.application.application import SpakkyApplication
 from spakky.core.application.application_context import ApplicationContext
+from spakky.core.pod.interfaces.application_context import IApplicationContext
 
+from spakky.plugins.celery.common.celery_options import select_named_queues
 from spakky.plugins.celery.common.constants import (
     ASYNCIO_POOL,
     DEFAULT_CONCURRENCY,
     DEFAULT_CONCURRENCY_SETTING,
 )
 from spakky.plugins.celery.common.green_threads import refuse_green_threads
+from spakky.plugins.celery.common.task_catalog import TaskCatalog
+from spakky.plugins.celery.dead_letters import DeadLetter, DeadLetters
 from spakky.plugins.celery.error import (
     AbstractSpakkyCeleryError,
     InvalidApplicationTargetError,
@@ -41,6 +45,7 @@ Examples:
   spakky-celery beat pkg.main:app
   spakky-celery inspect pkg.main:app active
 
+Own commands, for tasks whose identity expired in the queue: dead-letters, reauthorize
 Celery's commands: {commands}
 `spakky-celery COMMAND --help` shows the options of one.
 """
@@ -73,11 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    if command not in celery_command.commands:
+    if command not in celery_command.commands and command not in _OWN_COMMANDS:
         click.echo(_USAGE.format(commands=", ".join(sorted(celery_command.commands))), err=True)
-        click.echo(f"Error: {command!r} is not a command of Celery's.", err=True)
+        click.echo(f"Error: {command!r} is not a command.", err=True)
         return _EX_USAGE
     if "--help" in arguments:
+        if command in _OWN_COMMANDS:
+            return _run_click(lambda: _OWN_COMMANDS[command].main(["--help"], command, standalone_mode=False))
         return _run_celery(Celery(set_as_current=False), [command, "--help"])
     if not arguments or arguments[0].startswith("-"):
         click.echo(f"Error: name the application: spakky-celery {command} MODULE:APP [OPTIONS]", err=True)
@@ -92,6 +99,11 @@ def _run(command: str, arguments: list[str]) -> int:
 
 def _run_with(target: str, command: str, options: list[str]) -> int:
     application = find_application(target)
+    if command in _OWN_COMMANDS:
+        if not isinstance(application, SpakkyApplication):
+            raise InvalidApplicationTargetError(target, "it is a Celery app, and this needs a Spakky application")
+        main_of = _OWN_COMMANDS[command].main
+        return _run_click(lambda: main_of(options, command, standalone_mode=False, obj=application))
     if isinstance(application, Celery):
         return _run_celery(application, [command, *options])
     if not application.container.contains(Celery):
@@ -156,8 +168,12 @@ def _choose_pool(celery: Celery, options: list[str]) -> str:
 def _run_celery(celery: Celery, arguments: list[str]) -> int:
     # beat reads schedules back from its file without an app; Celery's own then ask the current one for its timezone.
     celery.set_current()
+    return _run_click(lambda: celery.start(arguments))
+
+
+def _run_click(command: Callable[[], int | None]) -> int:
     try:
-        return celery.start(arguments) or 0
+        return command() or 0
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
@@ -205,15 +221,85 @@ def _import_attribute(target: str, module_name: str, attribute: str) -> object:
 
 
 def _find_celery(application: SpakkyApplication) -> Celery:
-    """Find an application's Celery app; of one that is not started, without building anything of it.
+    """Find an application's Celery app; of one that is not started, without building anything of it."""
+    return _prepare(application).get(Celery)
+
+
+def _prepare(application: SpakkyApplication) -> IApplicationContext:
+    """Find a container with an application's Celery app and tasks; for one that is not started, without starting it.
 
     The Celery app of an application that is not started is made by a second container of the same definitions: a Pod
     that the first one builds before its start would miss its post-processors for ever.
     """
     context = application.application_context
     if context.is_started:
-        return context.get(Celery)
+        return context
     definitions = ApplicationContext()
     for pod in context.pods.values():
         definitions.add(pod.target)
-    return CeleryPostProcessor().prepare(definitions)
+    CeleryPostProcessor().prepare(definitions)
+    return definitions
+
+
+_QUEUES = click.option("--queue", "queues", multiple=True, help="A queue they were on. Default: all of them.")
+
+
+@click.command("dead-letters")
+@_QUEUES
+@click.pass_obj
+def _list_dead_letters(application: SpakkyApplication, queues: tuple[str, ...]) -> int:
+    """List the tasks whose identity expired in the queue, as their messages say."""
+    letters = _find_dead_letters(_prepare(application), queues).find()
+    for letter in letters:
+        click.echo(_to_line(letter))
+    click.echo(f"Dead letters: {len(letters)}")
+    return 0
+
+
+@click.command("reauthorize")
+@_QUEUES
+@click.option("--id", "ids", multiple=True, help="Id of a task, as dead-letters lists it.")
+@click.option("--all", "is_all", is_flag=True, help="All of them.")
+@click.option("--unsealed", is_flag=True, help="Believe messages of an application that seals none.")
+@click.pass_obj
+def _reauthorize(
+    application: SpakkyApplication,
+    queues: tuple[str, ...],
+    ids: tuple[str, ...],
+    *,
+    is_all: bool,
+    unsealed: bool,
+) -> int:
+    """Send dead letters to their queues once more, with the same identity signed anew. Starts the application."""
+    if bool(ids) is is_all:
+        problem = "Say which: --id ID, once for each, or --all."
+        raise click.UsageError(problem)
+    context = application.application_context
+    if not context.is_started:
+        application.start()
+    try:
+        found = _find_dead_letters(context, queues).reauthorize(context, ids or None, accept_unsealed=unsealed)
+    finally:
+        application.stop()
+    for letter in found:
+        click.echo(f"{'left' if letter.problem else 'sent'}  {_to_line(letter)}")
+    missing = sorted(set(ids) - {letter.task_id for letter in found})
+    for task_id in missing:
+        click.echo(f"none  {task_id}: there is no such dead letter", err=True)
+    return 1 if missing or any(letter.problem for letter in found) else 0
+
+
+def _find_dead_letters(context: IApplicationContext, queues: tuple[str, ...]) -> DeadLetters:
+    celery = context.get(Celery)
+    select_named_queues(celery, context.get(TaskCatalog))
+    return DeadLetters(celery, queues or tuple(celery.amqp.queues.consume_from))
+
+
+def _to_line(letter: DeadLetter) -> str:
+    """Show what a message says of itself, without the control characters that somebody may have put there."""
+    text = f"{letter.task_id}  {letter.task}  subject {letter.subject}  expired {letter.expired}  queue {letter.queue}"
+    shown = f"{text}  {letter.problem}" if letter.problem else text
+    return "".join(character if character.isprintable() else "?" for character in shown)
+
+
+_OWN_COMMANDS = {command.name: command for command in (_list_dead_letters, _reauthorize)}

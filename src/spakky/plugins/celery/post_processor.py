@@ -23,7 +23,7 @@ from spakky.core.service.interfaces.service import IService
 from spakky.task.stereotype.task_handler import TaskHandler
 
 from spakky.plugins.celery.audit import AuthAudit
-from spakky.plugins.celery.auth import AuthPorts
+from spakky.plugins.celery.auth import AuthPorts, to_auth_metadata
 from spakky.plugins.celery.codec import codec_of
 from spakky.plugins.celery.common.celery_options import (
     check_beside_settings,
@@ -36,6 +36,8 @@ from spakky.plugins.celery.common.constants import (
     ASYNC_BODY_ATTRIBUTE,
     HANDLER_POD_HEADER,
     MASKED_REQUEST,
+    PROTECTED_REQUEST,
+    TASK_NAME_ATTRIBUTE,
 )
 from spakky.plugins.celery.common.green_threads import check_worker
 from spakky.plugins.celery.common.late_binding import LateBoundPod
@@ -270,6 +272,8 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
             "on_retry": send_retry,
             **to_task_attributes(method.options),
         }
+        if to_auth_metadata(method).protected:
+            attributes["Request"] = PROTECTED_REQUEST
         codec = codec_of(method)
         if codec.has_sensitive_arguments:
             attributes["Request"] = MASKED_REQUEST
@@ -285,7 +289,11 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
             lazy=False,
             typing=False,
             **attributes,
-            **{APPLICATION_CONTEXT_ATTRIBUTE: self._context, ASYNC_BODY_ATTRIBUTE: method.is_async},
+            **{
+                APPLICATION_CONTEXT_ATTRIBUTE: self._context,
+                ASYNC_BODY_ATTRIBUTE: method.is_async,
+                TASK_NAME_ATTRIBUTE: method.name,
+            },
         )
 
     def _is_ours(self, task: Task | None) -> bool:

@@ -13,10 +13,12 @@ __all__ = [
     "DEFAULT_CONCURRENCY_SETTING",
     "HANDLER_POD_HEADER",
     "MASKED_REQUEST",
+    "PROTECTED_REQUEST",
     "SEAL_HEADER",
     "SEAL_HELD_HEADER",
     "SERIALIZER_HEADER",
     "SNAPSHOT_GRACE_SETTING",
+    "TASK_NAME_ATTRIBUTE",
     "WORKER_THREADS_SETTING",
 ]
 
@@ -47,11 +49,17 @@ APPLICATION_CONTEXT_ATTRIBUTE: Final = "spakky_application_context"
 ASYNC_BODY_ATTRIBUTE: Final = "spakky_async_body"
 """Attribute of Celery tasks: true where the body is ``async def``."""
 
+TASK_NAME_ATTRIBUTE: Final = "spakky_task_name"
+"""Attribute of our Celery tasks: the name of the task, also where the Celery task stands for an alias of it."""
+
 ASYNCIO_POOL: Final = "spakky.plugins.celery.worker.pool:AsyncioPool"
 """The pool that runs ``async def`` tasks on one event loop, as Celery's ``worker_pool`` setting takes it."""
 
 MASKED_REQUEST: Final = "spakky.plugins.celery.worker.masked_request:MaskedRequest"
 """The requests of tasks with sensitive arguments, as a Celery task's ``Request`` takes it. Workers import it."""
+
+PROTECTED_REQUEST: Final = "spakky.plugins.celery.worker.protected_request:ProtectedRequest"
+"""The requests of protected tasks, in the same way."""
 
 WORKER_THREADS_SETTING: Final = "spakky_worker_threads"
 """Celery setting: sync tasks that an ``AsyncioPool`` runs at a time."""

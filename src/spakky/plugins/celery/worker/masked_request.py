@@ -2,12 +2,12 @@
 
 from typing import Any, override
 
-from celery.worker.request import Request
+from spakky.plugins.celery.worker.protected_request import ProtectedRequest
 
 __all__ = ["MaskedRequest"]
 
 
-class MaskedRequest(Request):  # type: ignore[misc]  # the host ships no types
+class MaskedRequest(ProtectedRequest):
     """A request whose arguments ``inspect`` shows as the message says, and never as they are."""
 
     @override
