@@ -327,6 +327,8 @@ def to_markdown(found: dict[str, Any]) -> str:
                 cells = (f"{row[name]:,.1f}" if name.startswith("p") else f"{row[name]:,.0f}" for name in COLUMNS)
                 lines.append(f"| {row['peer']} | {' | '.join(cells)} |")
         parts.append(f"### {TITLES[broker]}\n\n" + "\n".join(lines))
+    if found["failures"]:
+        parts.append(f"Runs that failed, and are left out: {len(found['failures'])}.")
     parts.append(f"Versions: {', '.join(found['versions'])}.")
     return "\n\n".join(parts)
 
@@ -353,24 +355,32 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     options = parse()
     peers = [peer for peer in PEERS if peer.name in options.peers]
     lines = [(peer, broker) for broker in options.brokers for peer in peers if broker in peer.brokers]
     for peer in peers:
         install(peer)
     found: dict[tuple[str, str], list[Figures]] = {(broker, peer.name): [] for peer, broker in lines}
+    failures: list[str] = []
     for number in range(options.rounds):
         for peer, broker in lines:
-            figures = measure(peer, broker, options.tasks)
+            try:
+                figures = measure(peer, broker, options.tasks)
+            except BenchmarkError as error:  # one peer's failure must not cost what the others took so long for
+                failures.append(f"round {number + 1}, {broker}, {error}")
+                print(failures[-1], file=sys.stderr, flush=True)
+                continue
             found[broker, peer.name].append(figures)
             print(f"round {number + 1}, {broker}, {peer.name}: {figures}", file=sys.stderr, flush=True)
     rows = [
         {"broker": broker, "peer": name}
         | {column: statistics.median(asdict(figures)[column] for figures in many) for column in asdict(Figures())}
         for (broker, name), many in found.items()
+        if many
     ]
     results = {
+        "failures": failures,
         "machine": f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}",
         "size": f"medians of {options.rounds} rounds, {options.tasks} tasks of each kind",
         "versions": sorted({requirement for peer in peers for requirement in peer.requirements}),
@@ -385,7 +395,8 @@ def main() -> None:
     if options.document:
         write_into(options.document, block)
     print(block)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

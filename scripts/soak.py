@@ -116,7 +116,7 @@ def soak(folder: Path, broker: str, seconds: float, rate: float) -> int:
         account, samples = load(started, seconds, rate)
         account.revoke_due(celery, is_over=True)
         wait_for_all(account, celery)
-        after = started.get(TaskDispatcher).dispatch(started.get(Load).count).get()
+        after = started.get(TaskDispatcher).dispatch(started.get(Load).count).get(timeout=SETTLE_S)
     return report(account, samples, before, after)
 
 
