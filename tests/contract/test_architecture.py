@@ -18,6 +18,7 @@ PACKAGE = "spakky.plugins.celery"
 SENDING = {
     "after_commit",
     "aspects",
+    "aspects.authentication",
     "aspects.task_dispatch",
     "aspects.transactions",
     "batch",
@@ -89,7 +90,7 @@ VALUES = {
     "schedule",
     "seal",
 }
-BOTH_ENDS = {"audit", "auth", "due_snapshots", "sealed_amqp", "snapshot_horizon"}
+BOTH_ENDS = {"audit", "auth", "caller_identity", "due_snapshots", "sealed_amqp", "snapshot_horizon"}
 OBSERVATION = {"instrumentation", "instrumentation.auth_decisions"}
 BACK_ENDS = {"instrumentation.auth_log"}
 TRANSPORTS = {"transport", "transport.redis"}
@@ -251,6 +252,7 @@ def test_the_package_is_typed() -> None:
 def test_pod_modules_are_found() -> None:
     """The next test looks at the modules that matter."""
     assert {name for name in FILES if is_pod_module(name)} == {
+        "aspects.authentication",
         "aspects.task_dispatch",
         "aspects.transactions",
         "common.config",

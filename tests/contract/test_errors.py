@@ -77,6 +77,10 @@ FACTS: dict[str, dict[str, Any]] = {
         "reason": "shop.Orders.place gives int, and its parameter 'name' takes str",
         "instead": "Join tasks whose result is what the next one takes first.",
     },
+    "AmbiguousCallerIdentityError": {
+        "task": "shop.Mailer.write",
+        "reason": "other asyncio tasks, which may have stored it, share its values",
+    },
     "TaskNotEncodableError": {
         "task": "shop.Mailer.attach",
         "serializer": "json",

@@ -136,6 +136,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "to_auth_metadata",
         "to_outage",
     ],
+    "caller_identity": ["act_as", "check_caller_identity", "note_own_identity"],
     "canvas": ["Leaf", "TaskCall", "TaskGroup", "TaskStep", "compose_chain", "compose_chord"],
     "cli": ["find_application", "main"],
     "codec": ["Sensitive", "TaskCodec", "codec_of", "resolve_hints"],
@@ -186,6 +187,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
     "error": [
         "AbstractSpakkyCeleryError",
         "AbstractTaskDispatchError",
+        "AmbiguousCallerIdentityError",
         "AmbiguousCeleryPodError",
         "AmbiguousHandlerPodError",
         "ApplicationNotStartedError",

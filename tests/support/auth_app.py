@@ -1,5 +1,6 @@
 """An application with protected tasks, a real HMAC signer and providers that a test can make fail for a while."""
 
+import asyncio
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,7 +53,10 @@ from spakky.task import TaskHandler, schedule, task
 from spakky.tracing import TraceContext
 
 import spakky.plugins.celery.error as plugin_errors
+from spakky.plugins.celery.caller_identity import act_as
 from spakky.plugins.celery.common.customizer import CeleryCustomizer
+from spakky.plugins.celery.common.task_result import CeleryTaskResult
+from spakky.plugins.celery.dispatch import TaskDispatcher
 from spakky.plugins.celery.options import schedule_options
 from spakky.plugins.celery.schedule_principal import SchedulePrincipalProvider
 from support.probe import build, record
@@ -398,6 +402,29 @@ class Open(Observer):
         raise spakky.auth.AuthRequirementDeniedError(decide(AuthorizationReasonCode(code), reason))
 
 
+@TaskHandler()
+class FanOut(Observer):
+    """Dispatches tasks from inside of a run, several at a time."""
+
+    def __init__(self, tasks: TaskDispatcher, opened: Open) -> None:
+        self._tasks = tasks
+        self._opened = opened
+
+    @task
+    async def fan_out(self) -> dict[str, str]:
+        """Give the task ids of two looks by gather, one by a TaskGroup, and one by a child that is somebody else."""
+        gathered = await asyncio.gather(*(self._tasks.dispatch_async(self._opened.look) for _ in range(2)))
+        async with asyncio.TaskGroup() as group:
+            grouped = group.create_task(self._tasks.dispatch_async(self._opened.look_async))
+            other = group.create_task(self._look_as_guest())
+        results = {"first": gathered[0], "second": gathered[1], "grouped": grouped.result(), "other": other.result()}
+        return {name: str(result.task_id) for name, result in results.items()}
+
+    async def _look_as_guest(self) -> CeleryTaskResult[Any]:
+        act_as(self._context, GUEST)
+        return await self._tasks.dispatch_async(self._opened.look)
+
+
 class Twin(Observer):
     @task
     def name(self) -> str:
@@ -448,7 +475,7 @@ class Foreign(CeleryCustomizer, Observer):
 
 AUTH_PLUGINS: tuple[Plugin, ...] = (spakky.auth.PLUGIN_NAME, spakky.plugins.cryptography.PLUGIN_NAME)
 
-HANDLERS = (Vault, Overriding, GuardedClass, Safe, Open, first_twin, second_twin)
+HANDLERS = (Vault, Overriding, GuardedClass, Safe, Open, FanOut, first_twin, second_twin)
 PODS = (Rights, auth_provider, Foreign, Principals, *HANDLERS)
 
 

@@ -54,6 +54,7 @@ from spakky.task.stereotype.task_handler import (
     collect_task_auth_metadata,
 )
 
+from spakky.plugins.celery.caller_identity import note_own_identity
 from spakky.plugins.celery.common.task_method import TaskMethod
 from spakky.plugins.celery.error import (
     AuthSnapshotPropagationSignerUnavailableError,
@@ -206,7 +207,7 @@ def seed_auth_context(
     if AUTH_CONTEXT_SNAPSHOT_METADATA_KEY not in headers:
         return None
     try:
-        store_auth_context(application_context, _verify_snapshot(task_name, headers, snapshot_verifier))
+        _seed(application_context, _verify_snapshot(task_name, headers, snapshot_verifier))
     except TaskAuthorizationDeniedError as error:
         logger.warning("Task %r runs without an identity: %s", task_name, error.reason_code)
         return error
@@ -252,7 +253,7 @@ def seed_and_authorize_celery_task(
     if not auth_metadata.protected:
         return
     auth_context = _verify_snapshot(task_name, headers, snapshot_verifier)
-    store_auth_context(application_context, auth_context)
+    _seed(application_context, auth_context)
     ports = AuthPorts(
         authorization_policy_evaluator=authorization_policy_evaluator,
         permission_checker=permission_checker,
@@ -282,6 +283,11 @@ def _find_auth_context(application_context: IApplicationContext) -> AuthContext 
     if value is None or isinstance(value, AuthContext):
         return value
     raise InvalidAuthContextValueError
+
+
+def _seed(application_context: IApplicationContext, auth_context: AuthContext) -> None:
+    store_auth_context(application_context, auth_context)
+    note_own_identity(auth_context)
 
 
 def _verify_snapshot(

@@ -41,6 +41,7 @@ from spakky.plugins.celery.auth import (
     to_auth_metadata,
 )
 from spakky.plugins.celery.batch import Batch, BatchProgress
+from spakky.plugins.celery.caller_identity import check_caller_identity
 from spakky.plugins.celery.canvas import Leaf
 from spakky.plugins.celery.codec import codec_of
 from spakky.plugins.celery.common.celery_options import to_publish_options
@@ -554,6 +555,8 @@ class TaskSender:
             self._warned.add(method)
 
     def _inject_identity(self, method: TaskMethod, headers: dict[str, str], context: IApplicationContext) -> None:
+        if self.propagation_config.enabled or self._is_deciding_on(method):
+            check_caller_identity(context, method.name)  # a record of its refusal would name whom it may not be
         try:
             self._authorize_and_sign(method, headers, context)
         except Exception as error:

@@ -19,6 +19,7 @@ The tree::
     |   +-- TaskNotRegisteredError          a name that no worker would know
     |   +-- TaskArgumentsError              arguments that do not fit the method
     |   +-- TaskCompositionError            calls that cannot be joined
+    |   +-- AmbiguousCallerIdentityError    an identity that may be another's
     |   +-- TaskNotEncodableError           arguments that the serializer refuses
     |   +-- TaskMessageTooLargeError        headers that exceed one AMQP frame
     |   +-- TaskDelegationTooDeepError      an identity that was handed on too often
@@ -56,6 +57,7 @@ from spakky.task.error import DuplicateTaskError
 __all__ = [
     "AbstractSpakkyCeleryError",
     "AbstractTaskDispatchError",
+    "AmbiguousCallerIdentityError",
     "AmbiguousCeleryPodError",
     "AmbiguousHandlerPodError",
     "ApplicationNotStartedError",
@@ -472,6 +474,27 @@ class TaskCompositionError(AbstractTaskDispatchError, TypeError):
 
     reason: str
     instead: str
+
+
+class AmbiguousCallerIdentityError(AbstractTaskDispatchError):
+    """Raised at the call site when the identity that is stored may not be the caller's. No message was sent.
+
+    Args:
+        task: Name of the task.
+        reason: Why that cannot be known.
+    """
+
+    message = "The caller's identity may be another's"
+    problem = "Task {task!r} cannot be dispatched as whom it belongs to: {reason}."
+    remedy = (
+        "Call act_as() of spakky.plugins.celery.caller_identity once for each request, in its own asyncio task, "
+        "in place of store_auth_context()."
+    )
+
+    def __init__(self, task: str = "", reason: str = "") -> None:
+        self._keep(task=task, reason=reason)
+
+    reason: str
 
 
 class TaskNotEncodableError(AbstractTaskDispatchError):

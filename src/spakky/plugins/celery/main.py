@@ -9,6 +9,7 @@ from spakky.core.application.application import SpakkyApplication
 from spakky.core.pod.annotations.lazy import Lazy
 from spakky.core.pod.annotations.pod import Pod
 
+from spakky.plugins.celery.aspects.authentication import AuthenticationWatchAspect
 from spakky.plugins.celery.aspects.task_dispatch import AsyncCeleryTaskDispatchAspect, CeleryTaskDispatchAspect
 from spakky.plugins.celery.common.config import CeleryConfig, CelerySealPolicy
 from spakky.plugins.celery.common.customizer import CeleryCustomizer
@@ -84,6 +85,7 @@ def initialize(app: SpakkyApplication) -> None:
     app.add(CeleryPostProcessor)
     app.add(CeleryTaskDispatchAspect)
     app.add(AsyncCeleryTaskDispatchAspect)
+    app.add(AuthenticationWatchAspect)
     if find_spec("spakky.data") is not None:
         from spakky.plugins.celery.aspects.transactions import (  # noqa: PLC0415  # an optional dependency
             AsyncTransactionWatchAspect,
