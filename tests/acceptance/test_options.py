@@ -10,11 +10,15 @@ from uuid import uuid4
 
 import pytest
 from billiard.exceptions import TimeLimitExceeded
+from celery import Celery
 from kombu import Connection
 from pydantic import SecretStr
 
 from spakky.plugins.celery.dispatch import TaskDispatcher
-from support.fixtures import Bench, bench, celery_of
+from spakky.plugins.celery.error import InvalidTaskOptionError, TaskSealInvalidError
+from support import seal_app
+from support.auth_app import ENVIRONMENT
+from support.fixtures import Bench, bench, celery_of, client_of
 from support.options_app import (
     GATE,
     LONG_AGO,
@@ -206,6 +210,26 @@ def test_track_started(worker: Bench, gate: Path) -> None:
     assert celery_of(worker.client).AsyncResult(tracked.task_id).state == "STARTED"
     gate.touch()
     get(tracked)
+
+
+def test_seal(worker: Bench, tmp_path: Path) -> None:
+    """A task that asks for a seal is refused without one by a worker that lets others run; with one it runs."""
+    keys = {**ENVIRONMENT, "SPAKKY_CELERY__SEAL_KEYS": '{"a": "0123456789abcdef0123456789abcdef"}'}
+    target = "support.seal_app:create_app"
+    with bench(worker.broker.kind, tmp_path, "threads", target=target, factory=seal_app.create_app, **keys) as sealing:
+        assert get(dispatch(sealing, sealing.get(seal_app.Till).pay, "ada")) == "paid ada"
+        plain = Celery(set_as_current=False, broker=sealing.broker.broker_url, backend=sealing.broker.result_backend)
+        plain.conf.task_default_queue = sealing.broker.app_name
+        for name in ("support.seal_app.Till.pay", "till.pay"):
+            with pytest.raises(TaskSealInvalidError):
+                celery_of(sealing.client).AsyncResult(plain.send_task(name, ("ada",)).id).get(timeout=20)
+        unsealed = plain.send_task("support.auth_app.Open.greet", ("ada",))
+        assert celery_of(sealing.client).AsyncResult(unsealed.id).get(timeout=20) == "hello ada!"
+    with (
+        pytest.raises(InvalidTaskOptionError, match="SEAL_KEYS"),
+        client_of(worker.broker, tmp_path / "log", seal_app.create_app, **ENVIRONMENT),
+    ):
+        pass
 
 
 def test_name(worker: Bench) -> None:

@@ -17,10 +17,15 @@ from spakky.plugins.celery.dispatch import TaskDispatcher
 from spakky.plugins.celery.error import TaskSealInvalidError
 from spakky.plugins.celery.seal import SealedParts, Seals
 from support.auth_app import ADMIN, ENVIRONMENT, GUEST, Open, Vault, acting_as, create_app, wait_for
-from support.fixtures import Bench, bench, celery_of
+from support.brokers import make_broker
+from support.fixtures import Bench, bench, celery_of, client_of, drop_queue, read_events
+from support.processes import SPAKKY_CELERY, running, wait_until, worker_command
+from support.seal_app import Till
+from support.seal_app import create_app as create_seal_app
 
 pytestmark = pytest.mark.slow
 
+PAY = "support.seal_app.Till.pay"
 GREET = "support.auth_app.Open.greet"
 KEYS = {"new": "n" * 32, "old": "canary-of-an-old-key-0123456789ab"}
 RETIRED = {"retired": "r" * 32}
@@ -159,6 +164,8 @@ TAMPERING: dict[str, tuple[Callable[[Bench, Message], None], str]] = {
     "another time limit": (change("timelimit", [1, None]), "mismatch"),
     "another count of retries": (change("retries", 2), "mismatch"),
     "arguments shown in the log": (change("argsrepr", "('forged',)"), "mismatch"),
+    "a header that stands for the others": (change("headers", {AUTH_CONTEXT_SNAPSHOT_METADATA_KEY: "x"}), "mismatch"),
+    "a chain in a header": (change("chain", [{"task": GREET}]), "mismatch"),
     "another Pod": (change("spakky.celery.pod", "other"), "mismatch"),
     "another content type": (change_content_type, "mismatch"),
     "another reply queue": (change_reply_queue, "mismatch"),
@@ -247,3 +254,180 @@ def test_a_worker_that_only_signs_runs_and_tells(tmp_path: Path) -> None:
             drop_seal(worker, message)
             assert wait_for(message.send(worker)) == "hello ada!"
         assert worker.worker.output.count("runs though its seal does not hold: missing") == 1
+
+
+def seals_of(worker: Bench) -> dict[str, Any]:
+    """What ``inspect stats`` tells of this worker's seals."""
+    command = worker.worker.popen.args
+    assert isinstance(command, list)
+    name = command[command.index("--hostname") + 1]
+    stats = celery_of(worker.client).control.inspect([name], timeout=10, limit=1).stats()
+    found: dict[str, Any] = stats[name]["seals"]
+    return found
+
+
+def test_refusals_are_counted(worker: Bench) -> None:
+    """``inspect stats`` tells the policy, how often each reason was found, and how many messages were refused."""
+    before = seals_of(worker)
+    message = make(worker)
+    drop_seal(worker, message)
+    refuse(worker, message)
+    after = seals_of(worker)
+    assert after["policy"] == "require"
+    assert after["refused"] == before["refused"] + 1
+    assert after["problems"]["missing"] == before["problems"].get("missing", 0) + 1
+
+
+# A worker that only signs, and has a task that asks for a seal
+
+
+@pytest.fixture(
+    scope="module", params=["redis-asyncio", "amqp-threads", pytest.param("redis-prefork", marks=pytest.mark.long)]
+)
+def lenient(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    kind, pool = request.param.split("-")
+    folder = tmp_path_factory.mktemp(request.param)
+    signing = {**SEALED, "SPAKKY_CELERY__SEAL": "sign"}
+    target = "support.seal_app:create_app"
+    with bench(kind, folder, pool, target=target, factory=create_seal_app, concurrency=1, **signing) as started:
+        yield started
+
+
+def in_headers(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda pay: {"headers": {name: [pay]}}
+
+
+LAUNDERING: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
+    "a callback": (GREET, lambda pay: {"callbacks": [pay]}),
+    "an error callback": ("support.auth_app.Open.fail", lambda pay: {"errbacks": [pay]}),
+    "a chain": (GREET, lambda pay: {"chain": [pay]}),
+    "a chord": (GREET, lambda pay: {"chord": pay, "group_id": str(uuid4())}),
+    "a chain in a header": (GREET, in_headers("chain")),
+    "callbacks in a header": (GREET, in_headers("callbacks")),
+    "Celery's map": ("celery.map", lambda pay: {"task_args": (pay, ["mallory"])}),
+    "the task itself": (PAY, lambda _: {}),
+    "the task itself by its alias": ("till.pay", lambda _: {}),
+}
+
+
+@pytest.mark.parametrize("kind", LAUNDERING)
+def test_no_unsealed_message_leads_to_a_task_that_asks_for_a_seal(lenient: Bench, kind: str) -> None:
+    """The worker would send it on under its own seal, so it refuses what carries anything that it would send."""
+    name, carry = LAUNDERING[kind]
+    options = carry(celery_of(lenient.client).signature(PAY, ("mallory",), task_id=str(uuid4())))
+    arguments, headers = options.pop("task_args", ("mallory",)), options.pop("headers", {})
+    message = Message(b"", {})
+    made = celery_of(lenient.client).amqp.create_task_message(str(uuid4()), name, arguments, {}, **options)
+    celery_of(lenient.client).amqp.send_task_message(message, name, made, headers=headers)
+    if headers:  # a body that says nothing of them leaves it to the headers
+        body = json.loads(message.body)
+        message.body = json.dumps([*body[:2], {}]).encode()
+    drop_seal(lenient, message)
+    assert refuse(lenient, message).reason == "missing"
+    assert lenient.events(event="ran", task="pay") == []
+
+
+def test_sealed_messages_lead_to_a_task_that_asks_for_a_seal(lenient: Bench) -> None:
+    """A chain that was sealed is sent on under a seal; what is not sealed and carries nothing runs."""
+    dispatcher = lenient.get(TaskDispatcher)
+    chain = dispatcher.chain(dispatcher.call(lenient.get(Open).greet, "ada"), dispatcher.step(lenient.get(Till).pay))
+    before = len(lenient.events(event="ran", task="pay"))
+    assert chain.dispatch().get(20) == "paid hello ada!"
+    assert len(lenient.events(event="ran", task="pay")) == before + 1
+    message = make(lenient)
+    drop_seal(lenient, message)
+    assert wait_for(message.send(lenient)) == "hello ada!"
+
+
+# Processes that come and go
+
+
+def start(folder: Path, environment: dict[str, str], name: str, pool: str = "threads") -> Any:
+    command = worker_command("support.seal_app:create_app", pool, concurrency=2)
+    return running(command, environment, folder / f"{name}.log", cwd=folder)
+
+
+@pytest.mark.parametrize("kind", ["redis", "amqp"])
+def test_what_beat_sends_is_sealed(kind: str, tmp_path: Path) -> None:
+    """A real beat's messages run in a worker that requires seals; those of a beat with another key do not."""
+    broker, log = make_broker(kind, tmp_path), tmp_path / "events.jsonl"
+    environment = {**broker.environment, "PROBE_LOG": str(log), **SEALED}
+    beat = [SPAKKY_CELERY, "beat", "support.seal_app:create_app", "--schedule", str(tmp_path / "schedule")]
+
+    def count() -> int:
+        return sum(event["event"] == "ticked" for event in read_events(log))
+
+    try:
+        with start(tmp_path, environment, "worker") as worker:
+            with running(beat, environment, tmp_path / "beat.log", ready=None, cwd=tmp_path) as sender:
+                wait_until(lambda: count() >= 2, describe=lambda: worker.output)
+                sender.kill()  # how beat ends is not what this is about
+            assert "Refused" not in worker.output
+            strange = {**environment, "SPAKKY_CELERY__SEAL_KEYS": json.dumps(RETIRED)}
+            with running(beat, strange, tmp_path / "strange.log", ready=None, cwd=tmp_path) as sender:
+                worker.wait_for("does not hold: unknown key, key 'retired'", 60)
+                sender.kill()
+    finally:
+        drop_queue(broker)
+
+
+@pytest.mark.parametrize("kind", ["redis", "amqp"])
+def test_what_a_killed_worker_had_is_still_sealed(kind: str, tmp_path: Path) -> None:
+    """A message that is delivered again after its worker was killed runs where seals are required."""
+    broker, log, gate = make_broker(kind, tmp_path), tmp_path / "events.jsonl", tmp_path / "gate"
+    environment = {**SEALED, "SPAKKY_CELERY__VISIBILITY_TIMEOUT": "5"}
+    variables = {**broker.environment, "PROBE_LOG": str(log), **environment}
+
+    def holding() -> int:
+        return sum(event["event"] == "holding" for event in read_events(log))
+
+    try:
+        with client_of(broker, log, create_seal_app, **environment) as app:
+            result = app.container.get(TaskDispatcher).dispatch(app.container.get(Till).hold, str(gate))
+            with start(tmp_path, variables, "killed") as worker:
+                wait_until(lambda: holding() == 1, describe=lambda: worker.output)
+                worker.kill()
+            gate.touch()
+            with start(tmp_path, variables, "next") as worker:
+                assert result.get(60) is True
+                assert holding() == 2
+                assert "Refused" not in worker.output
+    finally:
+        drop_queue(broker)
+
+
+def test_a_key_is_changed_in_three_restarts(tmp_path: Path) -> None:
+    """The runbook, on real workers: in each restart the workers come first, then the clients, and nothing is refused.
+
+    What was sent before a restart, and runs after it, is not refused either; at the end the old key is.
+    """
+    old, new = {"2026-11": "o" * 32}, {"2027-02": "n" * 32}
+    accepting, sealing = {**old, **new}, {**new, **old}
+    broker, log = make_broker("amqp", tmp_path), tmp_path / "events.jsonl"
+    steps = [(old, old), (accepting, old), (accepting, accepting), (sealing, accepting), (sealing, sealing)]
+    steps += [(new, sealing), (new, new)]
+    waiting: list[str] = []
+
+    def use(keys: dict[str, str]) -> dict[str, str]:
+        return {**SEALED, "SPAKKY_CELERY__SEAL_KEYS": json.dumps(keys)}
+
+    def start_with(keys: dict[str, str], name: str) -> Any:
+        return start(tmp_path, {**broker.environment, "PROBE_LOG": str(log), **use(keys)}, name)
+
+    def dispatch(app: Any) -> str:
+        return str(app.container.get(TaskDispatcher).dispatch(app.container.get(Till).pay, "ada").task_id)
+
+    try:
+        for number, (workers, clients) in enumerate(steps):
+            with client_of(broker, log, create_seal_app, **use(clients)) as app:
+                with start_with(workers, f"worker {number}") as worker:
+                    for task_id in (*waiting, dispatch(app)):
+                        assert celery_of(app).AsyncResult(task_id).get(60) == "paid ada"
+                    assert "Refused" not in worker.output
+                waiting = [dispatch(app)]
+        with client_of(broker, log, create_seal_app, **use(old)) as app:
+            waiting.append(dispatch(app))
+        with start_with(new, "last") as worker:
+            worker.wait_for("does not hold: unknown key, key '2026-11'", 60)
+    finally:
+        drop_queue(broker)

@@ -156,6 +156,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "PROTECTED_REQUEST",
         "SEAL_HEADER",
         "SEAL_HELD_HEADER",
+        "SEAL_REQUIRED_ATTRIBUTE",
         "SERIALIZER_HEADER",
         "SNAPSHOT_GRACE_SETTING",
         "TASK_NAME_ATTRIBUTE",

@@ -76,6 +76,7 @@ def decorate(**options: Any) -> Any:
         ({"rate_limit": 0}, "rate_limit", "10/m"),
         ({"delivery": "exactly_once"}, "delivery", "at_least_once or at_most_once"),
         ({"track_started": "yes"}, "track_started", "True, False"),
+        ({"seal": "off"}, "seal", "require"),
         ({"name": None}, "name", "not empty"),
         ({"aliases": "old"}, "aliases", "tuple"),
         ({"aliases": ("old", "old")}, "aliases", "each once"),
@@ -121,6 +122,7 @@ def test_every_documented_value_is_taken() -> None:
         "rate_limit": "1.5/h",
         "delivery": CeleryDelivery.AT_MOST_ONCE,
         "track_started": True,
+        "seal": "require",
         "name": "mail",
         "aliases": ("old",),
     }

@@ -110,6 +110,9 @@ class TaskOptions(MessageOptions, total=False):
     """What happens to a message whose worker is lost. None: as configured."""
     track_started: bool | None
     """Whether a run that has begun is stored as STARTED. None: as configured."""
+    seal: Literal["require"] | None
+    """``require``: each message of the task needs a seal that holds, also where the process only signs. None: as
+    configured."""
     name: str
     """Name on the wire, in place of ``<module>.<handler qualname>.<method>``."""
     aliases: tuple[str, ...]
@@ -468,6 +471,7 @@ _TASK_CHECKS: Final[Mapping[str, _Expectation]] = {
         f"Give {' or '.join(CeleryDelivery)}, or None for as configured.",
     ),
     "track_started": _FLAG,
+    "seal": (lambda value: value in {None, "require"}, "Give require, or None for as configured."),
     "name": (_is_name, _NAME),
     "aliases": (_is_names, "Give a tuple of texts, each once, such as ('shop.Mailer.send',)."),
 }

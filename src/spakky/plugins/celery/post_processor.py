@@ -48,6 +48,7 @@ from spakky.plugins.celery.error import (
     DuplicateTaskNameError,
     EagerTasksRefusedError,
     InvalidScheduleRouteError,
+    InvalidTaskOptionError,
 )
 from spakky.plugins.celery.execution import TaskExecution, release_traceback
 from spakky.plugins.celery.keyword_guard import guard_keywords
@@ -163,6 +164,7 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
             SchedulePrincipalMissingError: If a protected schedule has no identity.
             InvalidScheduleRouteError: If a schedule cannot be kept.
             DuplicateTaskNameError: If the Celery app has a task of another origin with the name of one of ours.
+            InvalidTaskOptionError: If a task has options that cannot be kept beside the settings.
         """
         self._register_all()
         warn_of_short_snapshots(self._context, self._resolve_celery(), self._catalog)
@@ -252,6 +254,10 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
         celery = self._resolve_celery()
         for method in self._catalog.methods_of(handler):
             check_beside_settings(celery, method)
+            seal = method.options.get("seal")
+            if seal is not None and not isinstance(celery.amqp, SealedAmqp):
+                expected = "Give SPAKKY_CELERY__SEAL_KEYS: without keys nothing is sealed."
+                raise InvalidTaskOptionError(method.name, "seal", repr(seal), expected)
             for name in (method.name, *method.aliases):
                 self._register_task(celery, method, name)
             if method.schedule is not None:
@@ -350,8 +356,7 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
     def _check_seals(self, sender: Any, **_: object) -> None:
         """Check the seals of messages, now that the worker has imported every task."""
         if self._celery is not None and sender.app is self._celery and isinstance(self._celery.amqp, SealedAmqp):
-            amqp = self._celery.amqp
-            SealCheck(amqp.seals, amqp.policy, AuthAudit(self._context)).install(self._celery)
+            SealCheck(self._celery, self._celery.amqp, AuthAudit(self._context)).install()
 
     def _consume_named_queues(self, instance: Any, **_: object) -> None:
         """Have a worker consume what its tasks' options name, or their messages would wait there, and nobody knew.

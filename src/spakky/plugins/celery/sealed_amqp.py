@@ -3,6 +3,7 @@
 Checks no seal: workers do, before anything else.
 """
 
+from collections import Counter
 from typing import Any, override
 
 from celery import Celery
@@ -12,7 +13,7 @@ from kombu.utils.objects import cached_property
 
 from spakky.plugins.celery.common.config import CelerySealPolicy
 from spakky.plugins.celery.common.constants import SEAL_HEADER
-from spakky.plugins.celery.seal import SealedParts, Seals
+from spakky.plugins.celery.seal import SealedParts, SealProblem, Seals
 
 __all__ = ["SealedAmqp"]
 
@@ -31,6 +32,10 @@ class SealedAmqp(AMQP):  # type: ignore[misc]  # the host ships no types
         super().__init__(app)
         self.seals = seals
         self.policy = policy
+        self.problems: Counter[SealProblem] = Counter()
+        """How often a worker of this process found that a seal does not hold."""
+        self.refused = 0
+        """Messages that it refused."""
 
     @cached_property
     @override

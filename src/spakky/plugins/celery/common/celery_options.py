@@ -7,6 +7,7 @@ from typing import Any, Final
 from celery import Celery
 
 from spakky.plugins.celery.common.config import CeleryDelivery
+from spakky.plugins.celery.common.constants import SEAL_REQUIRED_ATTRIBUTE
 from spakky.plugins.celery.common.task_method import TaskMethod
 from spakky.plugins.celery.error import InvalidTaskOptionError
 from spakky.plugins.celery.options import check_codecs, check_time_limits, merge_options, to_seconds, unknown_queue
@@ -43,6 +44,8 @@ def to_task_attributes(options: Mapping[str, Any]) -> dict[str, object]:
     policy = options.get("retry")
     if policy is not None:
         kept |= {"max_retries": policy.max_retries, "default_retry_delay": to_seconds(policy.backoff)}
+    if options.get("seal") is not None:
+        kept[SEAL_REQUIRED_ATTRIBUTE] = True
     return kept | _to_limits(options)
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "PROTECTED_REQUEST",
     "SEAL_HEADER",
     "SEAL_HELD_HEADER",
+    "SEAL_REQUIRED_ATTRIBUTE",
     "SERIALIZER_HEADER",
     "SNAPSHOT_GRACE_SETTING",
     "TASK_NAME_ATTRIBUTE",
@@ -42,6 +43,9 @@ SEAL_HELD_HEADER: Final = "spakky.celery.seal-held"
 
 SNAPSHOT_GRACE_SETTING: Final = "spakky_snapshot_grace"
 """Celery setting: seconds after its end in which a snapshot is taken whose run was due before; 0 for none."""
+
+SEAL_REQUIRED_ATTRIBUTE: Final = "spakky_seal_required"
+"""Attribute of Celery tasks: true where each message needs a seal that holds, whatever the policy of the process."""
 
 APPLICATION_CONTEXT_ATTRIBUTE: Final = "spakky_application_context"
 """Attribute of our Celery tasks: the application context that they belong to."""
