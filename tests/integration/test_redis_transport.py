@@ -217,6 +217,86 @@ def test_an_unreadable_message_is_put_aside(scene: Scene, caplog: pytest.LogCapt
     assert scene.count("unacked") == 1
 
 
+def raw_message(*, headers: str = "{}", body: str = '"aGk="', **properties: str) -> bytes:
+    """A message as kombu writes it, of which parts are JSON of the test's own."""
+    delivery = '{"exchange": "", "routing_key": "q"}'
+    given = {"delivery_tag": f'"{uuid4()}"', "delivery_info": delivery, "body_encoding": '"base64"', **properties}
+    inner = ", ".join(f'"{name}": {value}' for name, value in given.items())
+    return f'{{"body": {body}, "headers": {headers}, "properties": {{{inner}}}}}'.encode("latin-1")
+
+
+NOT_PYTHONS = {
+    "a number that is JSON for Redis alone": raw_message(priority="nan"),
+    "a line break in a text": raw_message(priority='"\n"'),
+    "a tag that is no UTF-8": raw_message(delivery_tag='"\xff"'),
+    "a type that kombu does not know": raw_message(priority='{"__type__": [], "__value__": 1}'),
+    "an exchange that is no number": raw_message(delivery_info='{"exchange": nan, "routing_key": "q"}'),
+    "an exchange that is a list": raw_message(delivery_info='{"exchange": [], "routing_key": "q"}'),
+    "no routing key": raw_message(delivery_info='{"exchange": ""}'),
+    "properties that are a list": b'{"properties": [1]}',
+}
+
+
+@pytest.mark.parametrize("kind", NOT_PYTHONS)
+def test_a_message_that_redis_alone_can_read_is_put_aside(scene: Scene, kind: str) -> None:
+    """It raises nothing, stays nowhere where it would come back from, and the next one is taken."""
+    scene.redis.lpush(f"{scene.prefix}q", NOT_PYTHONS[kind])
+    scene.put("text")
+    assert Reader(scene.connect()).read(1) == ["text"]
+    assert scene.queued("q.undecodable") == [NOT_PYTHONS[kind]]
+    assert scene.count("unacked") == scene.redis.zcard(f"{scene.prefix}unacked_index") == 1
+
+
+def test_kombus_own_transport_raises_what_it_cannot_read(scene: Scene) -> None:
+    """As docs/security.md says: whoever reads with it is ended by an entry that is no message."""
+    scene.redis.lpush(f"{scene.prefix}q", b"no json")
+    with pytest.raises(json.JSONDecodeError):
+        Reader(scene.connect("kombu")).read(1)
+
+
+UNREADABLE = {
+    "an encoding that nobody has": raw_message(body_encoding='"rot13"'),
+    "an encoding that is a number": raw_message(body_encoding="5"),
+    "no base64": raw_message(body='"a"'),
+    "a body that is a number": raw_message(body="5"),
+    "headers that are a list": raw_message(headers="[1]"),
+    "headers that are a text": raw_message(headers='"text"'),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_message_with_an_unreadable_part_is_an_error_of_its_own(scene: Scene, kind: str) -> None:
+    """It is handed to who deals with what cannot be decoded, can be acknowledged, and the next one is taken."""
+    scene.redis.lpush(f"{scene.prefix}q", UNREADABLE[kind])
+    scene.put("text")
+    reader, errors = Reader(scene.connect()), []
+
+    def drop(message: Any, error: Exception) -> None:
+        errors.append(error)
+        message.ack()
+
+    reader.consumer.on_decode_error = drop
+    assert reader.read(1) == ["text"]
+    assert len(errors) == 1
+    assert scene.count("unacked") == 1
+
+
+def test_what_cannot_be_restored_holds_up_nothing(scene: Scene) -> None:
+    """An entry among the unacknowledged that is none is put aside, and what is beside it comes back."""
+    scene.put("text")
+    taker = scene.connect()
+    assert Reader(taker).read(1) == ["text"]
+    (tag,) = scene.redis.hkeys(f"{scene.prefix}unacked")
+    for name, raw in {"bad": b"no json", "worse": b'[{"headers": {"a": nan}}, "", "q"]', tag: None}.items():
+        scene.redis.zadd(f"{scene.prefix}unacked_index", {name: 1})
+        if raw is not None:
+            scene.redis.hset(f"{scene.prefix}unacked", name, raw)
+    scene.connect(visibility_timeout=1).default_channel.qos.restore_visible()
+    assert len(scene.queued()) == 1
+    assert scene.count("unacked") == scene.redis.zcard(f"{scene.prefix}unacked_index") == 0
+    assert scene.count("unacked.undecodable") == 2
+
+
 def test_a_batch_that_is_broken_off_goes_back(scene: Scene) -> None:
     """What was not handed out when the worker was ended is on the queue again, in order."""
     scene.put(*numbers(10))

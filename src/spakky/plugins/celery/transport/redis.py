@@ -6,9 +6,10 @@ workers, clients and tools share the queues with it: ``_TAKE`` writes what kombu
 """
 
 import logging
+import sys
 import time
 from collections import defaultdict, deque
-from typing import Any, ClassVar, Final, override
+from typing import Any, ClassVar, Final, NamedTuple, override
 
 import redis
 from kombu.transport import redis as stock
@@ -20,7 +21,7 @@ from kombu.utils.scheduling import priority_cycle
 from spakky.plugins.celery.common.broker_url import has_tls_scheme
 from spakky.plugins.celery.common.fresh_ids import make_id
 
-__all__ = ["Channel", "QoS", "Transport"]
+__all__ = ["Channel", "Message", "QoS", "Transport"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +47,19 @@ for first = 3, #KEYS, width do
         local properties = ok and type(message) == 'table' and message.properties
         local tag = type(properties) == 'table' and properties.delivery_tag
         local delivery = type(properties) == 'table' and properties.delivery_info
-        if type(tag) == 'string' and type(delivery) == 'table' then
+        local exchange = type(delivery) == 'table' and delivery.exchange
+        local routing_key = type(delivery) == 'table' and delivery.routing_key
+        if type(tag) == 'string' and type(exchange) == 'string' and type(routing_key) == 'string' then
           redis.call('ZADD', KEYS[2], now, tag)
-          local route = cjson.encode(delivery.exchange) .. ',' .. cjson.encode(delivery.routing_key)
+          local route = cjson.encode(exchange) .. ',' .. cjson.encode(routing_key)
           redis.call('HSET', KEYS[1], tag, '[' .. raw .. ',' .. route .. ']')
-          taken[2 * count - 1] = key - 2
+          taken[3 * count - 2] = key - 2
         else
           redis.call('LPUSH', KEYS[key] .. '.undecodable', raw)
-          taken[2 * count - 1] = 2 - key
+          taken[3 * count - 2] = 2 - key
         end
-        taken[2 * count] = raw
+        taken[3 * count - 1] = raw
+        taken[3 * count] = type(tag) == 'string' and tag or ''
       end
     end
   end
@@ -65,8 +69,32 @@ return taken
 """Moves up to ARGV[1] messages from the lists KEYS[3..] into ``unacked`` KEYS[1] and its index KEYS[2].
 
 The lists are ordered as BRPOP would try them; among ARGV[3] neighbours one is taken from each in turn. The answer
-alternates the number of a list with a message. One that no worker could ever read is moved aside, its list negative.
+has for each message the number of its list, itself, and its tag. One that no worker could ever read is moved aside, its
+list negative.
 """
+
+_ASIDE: Final = ".undecodable"
+"""What the names of lists end with that messages are moved aside to."""
+
+
+class Message(virtual.Message):
+    """Kombu's, but that what cannot be read of it is an error of this message, and not of the worker that takes it."""
+
+    def __init__(self, payload: Any, channel: Any = None, **options: Any) -> None:
+        try:
+            super().__init__(payload, channel=channel, **options)
+        except Exception:  # noqa: BLE001  # a body or headers that nobody can make anything of
+            self.errors = [sys.exc_info()]
+            headers, properties = payload.get("headers"), payload["properties"]
+            super(virtual.Message, self).__init__(
+                body=b"",
+                delivery_tag=properties["delivery_tag"],
+                delivery_info=properties["delivery_info"],
+                headers=headers if isinstance(headers, dict) else {},
+                properties=properties,
+                channel=channel,
+                **options,
+            )
 
 
 class QoS(stock.QoS):
@@ -105,6 +133,23 @@ class QoS(stock.QoS):
         else:
             self.ack(delivery_tag)
 
+    @override
+    def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
+        try:
+            super().restore_by_tag(tag, client, leftmost)
+        except redis.RedisError:
+            raise
+        except Exception:  # noqa: BLE001  # it would keep what is after it from being restored, each time
+            with self.channel.conn_or_acquire(client) as connected:
+                raw: Any = connected.hget(self.unacked_key, tag) or b""
+            self.put_aside(tag, self.unacked_key, raw)
+
+    def put_aside(self, tag: bytes, key: str, raw: bytes) -> None:
+        """Have nobody take a message again that cannot be read."""
+        with self.pipe_or_acquire() as pipe:
+            pipe.lpush(key + _ASIDE, raw).zrem(self.unacked_index_key, tag).hdel(self.unacked_key, tag).execute()
+        _tell_aside(raw, key)
+
     def flush(self) -> None:
         """Remove from Redis what was acknowledged.
 
@@ -135,6 +180,7 @@ class Channel(stock.Channel):
     """Takes messages by the batch, and waits on its queues without taking any."""
 
     QoS = QoS
+    Message = Message
 
     connection: Any
     _brpop_sent_at: Any
@@ -251,9 +297,11 @@ class Channel(stock.Channel):
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
-        self._is_drained = len(taken) < 2 * limit
-        pairs = zip(taken[::2], taken[1::2], strict=True)
-        messages = deque((self._lists[abs(place) - 1], place > 0, raw) for place, raw in pairs)
+        self._is_drained = len(taken) < 3 * limit
+        messages = deque(
+            _Taken(self._lists[abs(place) - 1], place > 0, raw, tag)
+            for place, raw, tag in zip(taken[::3], taken[1::3], taken[2::3], strict=True)
+        )
         self._deliver_batch(messages)
         return bool(taken)
 
@@ -272,21 +320,24 @@ class Channel(stock.Channel):
         queues = self._queue_cycle.consume(len(self.active_queues))
         return [self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]
 
-    def _deliver_batch(self, messages: "deque[tuple[str, bool, bytes]]") -> None:
+    def _deliver_batch(self, messages: "deque[_Taken]") -> None:
         qos: Any = self.qos
         try:
             while messages:
-                key, is_readable, raw = messages.popleft()
-                queue = key.rsplit(self.sep, 1)[0]
+                taken = messages.popleft()
+                queue = taken.key.rsplit(self.sep, 1)[0]
                 self._queue_cycle.rotate(queue)
-                if is_readable:
-                    self._deliver_stored(loads(bytes_to_str(raw)), queue)
+                message = taken.read() if taken.is_stored else None
+                if message is not None:
+                    self._deliver_stored(message, queue)
+                elif taken.is_stored:
+                    qos.put_aside(taken.tag, taken.key, taken.raw)
                 else:
-                    logger.error("A message of %d bytes is none of kombu's: moved to %s.undecodable", len(raw), key)
+                    _tell_aside(taken.raw, taken.key)
         finally:
-            for _, is_readable, raw in messages:  # what was accepted last has ended the worker
-                if is_readable:
-                    qos.restore_by_tag(loads(bytes_to_str(raw))["properties"]["delivery_tag"], leftmost=True)
+            for taken in messages:  # what was accepted last has ended the worker
+                if taken.is_stored:
+                    qos.restore_by_tag(taken.tag, leftmost=True)
 
     def _deliver_stored(self, message: dict[str, Any], queue: str) -> None:
         self.is_stored = True
@@ -371,6 +422,29 @@ class Channel(stock.Channel):
         for watch in watches.values():
             watch.connection.disconnect()
         self._watch_pool = None
+
+
+class _Taken(NamedTuple):
+    """A message that was moved out of its list."""
+
+    key: str
+    is_stored: bool
+    """Whether it is in ``unacked``; else it was moved aside."""
+    raw: bytes
+    tag: bytes
+
+    def read(self) -> dict[str, Any] | None:
+        """Give it as kombu reads it; None where the server has read something else in it."""
+        try:
+            message: dict[str, Any] = loads(bytes_to_str(self.raw))
+            is_same = message["properties"]["delivery_tag"].encode() == self.tag
+        except Exception:  # noqa: BLE001  # whatever it is that Python's JSON does not take
+            return None
+        return message if is_same else None
+
+
+def _tell_aside(raw: bytes, key: str) -> None:
+    logger.error("A message of %d bytes is none of kombu's: moved to %s%s", len(raw), key, _ASIDE)
 
 
 class _LostConnectionError(redis.ConnectionError):
