@@ -127,6 +127,12 @@ def take_anothers_seal(worker: Bench, message: Message) -> None:
     message.headers[SEAL_HEADER] = make(worker).headers[SEAL_HEADER]
 
 
+def add_anothers_snapshot(worker: Bench, message: Message) -> None:
+    """Celery shows a run the mapping in a header of this name in place of the message's headers."""
+    name = AUTH_CONTEXT_SNAPSHOT_METADATA_KEY
+    message.headers["headers"] = {name: make(worker, identity=GUEST).headers[name]}
+
+
 def drop_snapshot(_: Bench, message: Message) -> None:
     del message.headers[AUTH_CONTEXT_SNAPSHOT_METADATA_KEY]
 
@@ -155,6 +161,7 @@ TAMPERING: dict[str, tuple[Callable[[Bench, Message], None], str]] = {
     "one byte of an argument": (change_one_byte, "mismatch"),
     "the body of another": (take_anothers_body, "mismatch"),
     "the snapshot of another": (take_anothers_snapshot, "mismatch"),
+    "the snapshot of another beside its own": (add_anothers_snapshot, "mismatch"),
     "no snapshot": (drop_snapshot, "mismatch"),
     "the seal of another": (take_anothers_seal, "mismatch"),
     "another task": (change("task", "support.auth_app.Vault.authenticated"), "mismatch"),

@@ -126,6 +126,12 @@ FACTS: dict[str, dict[str, Any]] = {
     },
     "TaskResultWaitInRunError": {"task_id": "9d9f8a8e-0c9e-4f7e-8f9b-0a3a5a3b1c11"},
     "TaskSealInvalidError": {"task": "shop.Mailer.write", "reason": "mismatch", "key_id": "2026-11"},
+    "TaskMessageRefusedError": {
+        "task": "shop.Mailer.write",
+        "reason": "its body has 70000000 bytes, and 67108864 are taken",
+        "size": 70000000,
+        "limit": 67108864,
+    },
     "UntrustedResultError": {
         "task_id": "9d9f8a8e-0c9e-4f7e-8f9b-0a3a5a3b1c11",
         "reason": "Expected an exception class, got os.system with payload ls",

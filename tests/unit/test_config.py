@@ -669,6 +669,21 @@ def test_no_password_is_shown_whatever_it_contains(before: str, after: str) -> N
     assert CANARY not in text
 
 
+# --- sizes of messages ---
+
+
+def test_messages_are_bounded_unless_somebody_says_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both limits have defaults, reach the worker by Celery's settings, and none turns them off."""
+    assert (config_of().max_message_bytes, config_of().max_header_bytes) == (64 * 1024**2, 256 * 1024)
+    monkeypatch.setenv(f"{PREFIX}MAX_MESSAGE_BYTES", "none")
+    monkeypatch.setenv(f"{PREFIX}MAX_HEADER_BYTES", "1000")
+    settings = config_of().celery_settings()
+    assert (settings["spakky_max_message_bytes"], settings["spakky_max_header_bytes"]) == (None, 1000)
+    for value in (0, -1):
+        with pytest.raises(InvalidCeleryConfigError, match="MAX_HEADER_BYTES"):
+            config_of(max_header_bytes=value)
+
+
 # --- seals ---
 
 

@@ -30,6 +30,7 @@ The tree::
     +-- TaskCallerUnauthenticatedError      also a spakky-auth AuthContextNotFoundError
     +-- TaskAuthorizationDeniedError        also a spakky-auth AuthRequirementDeniedError
     +-- TaskSealInvalidError                a message that is not as it was sealed
+    +-- TaskMessageRefusedError             a message that no worker may take
     +-- TaskResultMismatchError             a return value that is not what its annotation says
     +-- TaskResultTimeoutError              a result that did not come in time
     +-- TaskResultUnavailableError          a result that nobody stores
@@ -83,6 +84,7 @@ __all__ = [
     "TaskDelegationTooDeepError",
     "TaskDispatchFailedError",
     "TaskDispatchTimeoutError",
+    "TaskMessageRefusedError",
     "TaskMessageTooLargeError",
     "TaskNotEncodableError",
     "TaskNotRegisteredError",
@@ -739,6 +741,29 @@ class TaskSealInvalidError(AbstractSpakkyCeleryError):
     task: str
     reason: str
     key_id: str
+
+
+class TaskMessageRefusedError(AbstractSpakkyCeleryError):
+    """Raised by ``get()`` when a worker refused the message before it ran anything for it.
+
+    Args:
+        task: Name of the task, empty where the message has no usable one.
+        reason: What is wrong with the message; never what is in it.
+        size: Size in bytes of what is too large; 0 where nothing is.
+        limit: Largest size in bytes that the worker takes.
+    """
+
+    message = "Message was refused"
+    problem = "A message of task {task!r} was refused: {reason}."
+    remedy = "Send what Celery sends; what is large goes elsewhere, or SPAKKY_CELERY__MAX_MESSAGE_BYTES is raised."
+
+    def __init__(self, task: str = "", reason: str = "", size: int = 0, limit: int = 0) -> None:
+        self._keep(task=task, reason=reason, size=size, limit=limit)
+
+    task: str
+    reason: str
+    size: int
+    limit: int
 
 
 class TaskBodyCancelledError(AbstractSpakkyCeleryError):

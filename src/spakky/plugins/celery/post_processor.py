@@ -3,10 +3,11 @@
 import threading
 from collections.abc import Mapping
 from inspect import Parameter
-from logging import getLogger
+from logging import INFO, NOTSET, getLogger
 from typing import Any, Final, cast, get_origin, override
 
 from celery import Celery, Task, signals
+from celery.utils.imports import symbol_by_name
 from spakky.auth.ports import (
     IAuthContextSnapshotVerifier,
     IAuthorizationPolicyEvaluator,
@@ -34,6 +35,7 @@ from spakky.plugins.celery.common.celery_options import (
 from spakky.plugins.celery.common.constants import (
     APPLICATION_CONTEXT_ATTRIBUTE,
     ASYNC_BODY_ATTRIBUTE,
+    GUARDED_CONSUMER,
     HANDLER_POD_HEADER,
     MASKED_REQUEST,
     PROTECTED_REQUEST,
@@ -66,6 +68,12 @@ logger = getLogger(__name__)
 
 _RETRY_DELAY_S: Final = 10
 """Celery's own three minutes would also be the gap after a lost prefork child. ``task_annotations`` may change it."""
+_POOL_LOGGER: Final = getLogger("celery.pool")
+_CELERYS_CONSUMER: Final = "celery.worker.consumer:Consumer"
+_UNGUARDED: Final = (
+    "worker_consumer is %r: sizes and shapes of messages are not looked at unless it derives from %s, and Celery "
+    "logs those that it drops with all that is in them."
+)
 _DEFAULT_CELERY_MODULE: Final = f"{__name__.rpartition('.')[0]}.main"
 
 
@@ -351,6 +359,7 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
         signals.task_postrun.connect(release_traceback)
         signals.celeryd_init.connect(check_worker)
         signals.celeryd_init.connect(self._consume_named_queues)
+        signals.celeryd_init.connect(self._guard_consumer)
         signals.worker_init.connect(self._check_seals)
 
     def _check_seals(self, sender: Any, **_: object) -> None:
@@ -365,6 +374,18 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
         """
         if self._celery is not None and instance.app is self._celery:
             select_named_queues(self._celery, self._catalog)
+
+    def _guard_consumer(self, instance: Any, **_: object) -> None:
+        """Have messages looked at before Celery does, and shown by nobody; an own consumer is kept."""
+        if self._celery is None or instance.app is not self._celery:
+            return
+        if _POOL_LOGGER.level == NOTSET:
+            _POOL_LOGGER.setLevel(INFO)  # below it pools log the headers and arguments of each task
+        chosen = self._celery.conf.worker_consumer
+        if chosen == _CELERYS_CONSUMER:
+            self._celery.conf.worker_consumer = GUARDED_CONSUMER
+        elif not _derives(chosen, GUARDED_CONSUMER):
+            logger.warning(_UNGUARDED, chosen, GUARDED_CONSUMER)
 
     def _merge_schedule(self, sender: Celery, **_: object) -> None:
         """Add our entries to the app's own dict of them; an entry of the user's with the same name stays.
@@ -385,3 +406,9 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
 
 def _is_celery_type(type_: object) -> bool:
     return isinstance(type_, type) and issubclass(type_, Celery)
+
+
+def _derives(chosen: Any, base: Any) -> bool:
+    """Whether one class derives from another, each given as Celery's settings take it."""
+    chosen, base = symbol_by_name(chosen), symbol_by_name(base)
+    return isinstance(chosen, type) and isinstance(base, type) and issubclass(chosen, base)

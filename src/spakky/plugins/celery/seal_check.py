@@ -7,13 +7,14 @@ from functools import partial
 from logging import getLogger
 from typing import Any, Final, override
 
-from celery import Celery, Task, bootsteps, states
+from celery import Celery, Task, bootsteps
 from celery.app.task import Context
 from celery.utils.imports import instantiate
 
 from spakky.plugins.celery.audit import AuthAudit, to_seal_record
 from spakky.plugins.celery.common.config import CelerySealPolicy
 from spakky.plugins.celery.common.constants import SEAL_HELD_HEADER, SEAL_REQUIRED_ATTRIBUTE
+from spakky.plugins.celery.common.refused_message import show, store_refusal
 from spakky.plugins.celery.error import TaskSealInvalidError
 from spakky.plugins.celery.seal import SEALED_HEADERS, HeldSeal, SealedParts, SealProblem, SealVerdict
 from spakky.plugins.celery.sealed_amqp import SealedAmqp
@@ -109,13 +110,10 @@ class SealCheck:
         problem = verdict.problem or SealProblem.MISSING
         headers = message.headers or {}
         error = TaskSealInvalidError(str(task.name), problem.value, verdict.key_id)
-        text = "Refused a message of task %r, id %.64r: its seal does not hold: %s, key %r. Refused so far: %d."
-        logger.error(text, task.name, headers.get("id"), problem, verdict.key_id, self._amqp.refused)
+        text = "Refused a message of task %r, id %s: its seal does not hold: %s, key %r. Refused so far: %d."
+        logger.error(text, task.name, show(headers.get("id")), problem, verdict.key_id, self._amqp.refused)
         self._audit.tell(to_seal_record(str(task.name), problem, headers))
-        try:
-            _store(task, headers, message, error)
-        except Exception:
-            logger.exception("The refusal could not be stored as a result")
+        store_refusal(task.app, headers, message.properties.get("reply_to"), error)
         reject(False)  # noqa: FBT003  # Celery's: do not put it back
 
 
@@ -136,12 +134,3 @@ def _may_send_on(task: Task, message: Any) -> bool:
         return any(embedded.values())
     except Exception:  # noqa: BLE001  # whatever the body is, it is not as Celery sends it
         return True
-
-
-def _store(task: Task, headers: dict[str, Any], message: Any, error: TaskSealInvalidError) -> None:
-    """Give ``get()`` the error, and touch nothing else that the message asks for."""
-    task_id = headers.get("id")
-    if not isinstance(task_id, str) or headers.get("ignore_result"):
-        return
-    request = Context(id=task_id, reply_to=message.properties.get("reply_to"), correlation_id=task_id)
-    task.backend.store_result(task_id, error, states.FAILURE, request=request)

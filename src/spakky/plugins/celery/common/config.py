@@ -41,6 +41,10 @@ from spakky.plugins.celery.common.constants import (
     BLOCKED_LOOP_SETTING,
     DEFAULT_CONCURRENCY,
     DEFAULT_CONCURRENCY_SETTING,
+    DEFAULT_MAX_HEADER_BYTES,
+    DEFAULT_MAX_MESSAGE_BYTES,
+    MAX_HEADER_BYTES_SETTING,
+    MAX_MESSAGE_BYTES_SETTING,
     SNAPSHOT_GRACE_SETTING,
     WORKER_THREADS_SETTING,
 )
@@ -113,6 +117,11 @@ def _read_duration(value: object) -> object:
         return float(text)
     except ValueError:
         return text
+
+
+def _read_limit(value: object) -> object:
+    """Let the environment say None, where it means that there is no limit."""
+    return None if isinstance(value, str) and value.strip().lower() in {"none", "null"} else value
 
 
 def _check_positive(value: timedelta) -> timedelta:
@@ -222,6 +231,7 @@ type _OptionalDuration = Annotated[
     BeforeValidator(_read_duration),
 ]
 type _Grace = Annotated[timedelta, AfterValidator(_check_not_negative), BeforeValidator(_read_duration)]
+type _Limit = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_read_limit)]
 type _Name = Annotated[str, Field(min_length=1, max_length=255)]
 type _Serializer = Annotated[CelerySerializer, AfterValidator(_check_serializer)]
 type _SealKeys = Annotated[
@@ -384,6 +394,14 @@ class CeleryConfig(BaseSettings):
     authorize_callers: bool = True
     """Whether a caller of a protected task is authorized before a message exists, as the worker does again before the
     body runs. False: only the worker decides, for callers that have not its providers' data. The plugin reads it."""
+
+    max_message_bytes: _Limit = DEFAULT_MAX_MESSAGE_BYTES
+    """Largest body of a message, uncompressed, that a worker reads; a larger one is refused. None: no limit. The worker
+    reads it, not Celery."""
+
+    max_header_bytes: _Limit = DEFAULT_MAX_HEADER_BYTES
+    """Most that the headers of a message may have together; with more it is refused. None: no limit. The worker reads
+    it, not Celery."""
 
     seal_keys: _SealKeys = {}
     """Secrets that messages are sealed with, by key id: the first one seals, all are accepted. In the environment a
@@ -560,6 +578,8 @@ class CeleryConfig(BaseSettings):
             WORKER_THREADS_SETTING: self.worker_threads,
             SNAPSHOT_GRACE_SETTING: _to_seconds(self.snapshot_grace),
             BLOCKED_LOOP_SETTING: _to_seconds(self.blocked_loop_warning),
+            MAX_MESSAGE_BYTES_SETTING: self.max_message_bytes,
+            MAX_HEADER_BYTES_SETTING: self.max_header_bytes,
             **self._concurrency_settings(),
         }
 

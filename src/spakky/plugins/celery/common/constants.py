@@ -11,8 +11,13 @@ __all__ = [
     "CODEC_HEADER",
     "DEFAULT_CONCURRENCY",
     "DEFAULT_CONCURRENCY_SETTING",
+    "DEFAULT_MAX_HEADER_BYTES",
+    "DEFAULT_MAX_MESSAGE_BYTES",
+    "GUARDED_CONSUMER",
     "HANDLER_POD_HEADER",
     "MASKED_REQUEST",
+    "MAX_HEADER_BYTES_SETTING",
+    "MAX_MESSAGE_BYTES_SETTING",
     "PROTECTED_REQUEST",
     "SEAL_HEADER",
     "SEAL_HELD_HEADER",
@@ -64,6 +69,21 @@ MASKED_REQUEST: Final = "spakky.plugins.celery.worker.masked_request:MaskedReque
 
 PROTECTED_REQUEST: Final = "spakky.plugins.celery.worker.protected_request:ProtectedRequest"
 """The requests of protected tasks, in the same way."""
+
+GUARDED_CONSUMER: Final = "spakky.plugins.celery.worker.guarded_consumer:GuardedConsumer"
+"""What takes a worker's messages, as Celery's ``worker_consumer`` setting takes it."""
+
+MAX_MESSAGE_BYTES_SETTING: Final = "spakky_max_message_bytes"
+"""Celery setting: largest body that a worker reads; None for no limit."""
+
+MAX_HEADER_BYTES_SETTING: Final = "spakky_max_header_bytes"
+"""Celery setting: most that the headers of a message may have together; None for no limit."""
+
+DEFAULT_MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
+"""Four times what RabbitMQ 4 takes unless it is told otherwise."""
+
+DEFAULT_MAX_HEADER_BYTES: Final = 256 * 1024
+"""Twice what an AMQP header frame has room for."""
 
 WORKER_THREADS_SETTING: Final = "spakky_worker_threads"
 """Celery setting: sync tasks that an ``AsyncioPool`` runs at a time."""
