@@ -59,6 +59,8 @@ class _ValueCodec:
         """Types whose values are JSON as they are, and fit."""
         self._schema = None if annotation is _UNKNOWN else WireSchema.of(annotation)
         self.is_sensitive = self._schema is not None and self._schema.is_sensitive
+        self.is_hidden = self.is_sensitive
+        """Whether errors do not quote from values."""
 
     def encode(self, value: Any) -> Any:
         schema = self._schema
@@ -95,7 +97,7 @@ class _ValueCodec:
         if back == value or not is_compared or _NOT_A_NUMBER in to_json(wire, **_NUMBERS):
             return
         text = f"{_shown(value)} would come back as {_shown(back)}"
-        raise _ProblemsError([("$", "would come back as another value" if self.is_sensitive else text)])
+        raise _ProblemsError([("$", "would come back as another value" if self.is_hidden else text)])
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -106,10 +108,10 @@ class _ValueCodec:
             raise self._to_problems(error) from None
         except Exception as error:  # noqa: BLE001  # a validator may raise anything for a value that it does not expect
             text = f"cannot be converted ({type(error).__name__})"
-            raise _ProblemsError([("$", text if self.is_sensitive else f"{text}: {_last_part(error)}")]) from None
+            raise _ProblemsError([("$", text if self.is_hidden else f"{text}: {_last_part(error)}")]) from None
 
     def _to_problems(self, error: ValidationError) -> _ProblemsError:
-        names = self._schema.field_names if self._schema and self.is_sensitive else None
+        names = self._schema.field_names if self._schema and self.is_hidden else None
         return _ProblemsError(
             [
                 (to_path(detail["loc"], names), self._to_text(detail))
@@ -122,7 +124,7 @@ class _ValueCodec:
             return "is missing"
         if detail["type"] == "extra_forbidden":
             return "is no field"
-        if self.is_sensitive:  # pydantic's texts quote from the value
+        if self.is_hidden:  # pydantic's texts quote from the value
             return f"should be another value ({detail['type']}), not {type(detail['input']).__qualname__}"
         return f"{detail['msg'].removeprefix('Input ')}, not {_shown(detail['input'])}"
 
@@ -144,6 +146,9 @@ class TaskCodec:
             name: _make_codec(method, f"parameter {name!r}", hints.get(name, _UNKNOWN)) for name in parameters
         }
         self._has_sensitive_arguments = any(codec.is_sensitive for codec in self._codecs.values())
+        if self._has_sensitive_arguments:
+            for codec in self._codecs.values():
+                codec.is_hidden = True  # who mixes arguments up puts a secret in the place of what is none
         kinds = {name: parameter.kind for name, parameter in parameters.items()}
         self._positions = [name for name, kind in kinds.items() if kind in _POSITIONAL]
         self._quick_positions = tuple(self._codecs[name].quick for name in self._positions)
