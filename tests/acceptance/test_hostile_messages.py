@@ -125,6 +125,14 @@ MISSHAPEN: dict[str, tuple[Callable[[], Hostile], str]] = {
     "a callback that is a number": (lambda: Hostile(body=make_body(callbacks=[5])), "its callbacks are no calls"),
     "an errback that is a number": (lambda: Hostile(body=make_body(errbacks=[5])), "its errbacks are no calls"),
     "a chain of numbers": (lambda: Hostile(body=make_body(chain=[5])), "its chain are no calls"),
+    "a chain with options of its own kind": (
+        lambda: Hostile(body=make_body(chain=[{"task": GREET, "options": ["a"]}])),
+        "its chain are no calls",
+    ),
+    "a chain with an id that is a list": (
+        lambda: Hostile(body=make_body(chain=[{"task": GREET, "options": {"task_id": ["a"]}}])),
+        "its chain are no calls",
+    ),
     "a chord that is a number": (lambda: Hostile(body=make_body(chord=5)), "its chord is no call"),
     "a body that is no JSON": (lambda: Hostile(body=b"{" + CANARY.encode()), "DecodeError"),
     "a body that is no UTF-8": (lambda: Hostile(body=b"\xff\xfe" + CANARY.encode()), "DecodeError"),

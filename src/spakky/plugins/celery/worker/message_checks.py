@@ -164,7 +164,13 @@ def _is_mapping(value: object) -> bool:
 
 
 def _is_call(value: object) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("task"), str)
+    """Whether Celery can make a signature of it, and account for its result when the task before it fails."""
+    if not isinstance(value, dict) or not isinstance(value.get("task"), str):
+        return False
+    options = value.get("options", {})
+    if not isinstance(options, dict) or not is_name(options.get("task_id") or "none"):
+        return False
+    return isinstance(value.get("args"), list | tuple | None) and isinstance(value.get("kwargs"), dict | None)
 
 
 _NO_NAME: Final = (_is_optional_name, f"no printable text of {_LONGEST_ID} characters or fewer")
