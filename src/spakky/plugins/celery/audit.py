@@ -4,7 +4,6 @@ import json
 import re
 from base64 import urlsafe_b64decode
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 from logging import getLogger
 from typing import Any, Final, Literal, NamedTuple, cast
@@ -75,25 +74,24 @@ def to_caller_record(
     """Make the record of a decision before a message exists, with the chain that the message has or would have."""
     identity = find_caller(application_context)
     chain = None if identity is None else delegation_chain_of(identity)
-    record = _to_record("caller", task_name, None, verdict, headers)
-    return record if identity is None else _of(record, identity, () if chain is None else (*chain, find_hop(celery)))
+    extended = () if chain is None else (*chain, find_hop(celery))
+    return _to_record("caller", task_name, None, verdict, headers=headers, identity=identity, chain=extended)
 
 
 def to_run_record(task: Any, task_name: str, verdict: Verdict, check: DelegationCheck | None) -> AuthDecisionRecord:
     """Make the record of a decision in a worker before the body runs; the identity is what was verified, if any was."""
-    request = task.request
+    identity, chain = (None, ()) if check is None else (check.identity, check.chain)
     if check is not None and check.is_too_deep:
         verdict = Verdict(verdict.state, TOO_DEEP)
-    record = _to_record("worker", task_name, request.id, verdict, request.headers or {})
-    if check is None or check.identity is None:
-        return record
-    return _of(record, check.identity, delegation_chain_of(check.identity) or ())
+    request = task.request
+    headers = request.headers or {}
+    return _to_record("worker", task_name, request.id, verdict, headers=headers, identity=identity, chain=chain)
 
 
 def to_seal_record(task_name: str, problem: SealProblem, headers: Mapping[str, Any]) -> AuthDecisionRecord:
     """Make the record of a message that was refused unread; nothing that it says of an identity can be believed."""
     verdict = Verdict(AuthorizationDecisionState.DENY, f"SEAL_{problem.name}")
-    return _to_record("worker", task_name, headers.get("id"), verdict, headers)
+    return _to_record("worker", task_name, headers.get("id"), verdict, headers=headers)
 
 
 class AuthAudit:
@@ -127,22 +125,24 @@ def _to_record(
     task_name: str,
     task_id: object,
     verdict: Verdict,
+    *,
     headers: Mapping[str, Any],
+    identity: AuthContext | None = None,
+    chain: tuple[str, ...] = (),
 ) -> AuthDecisionRecord:
-    """Make a record of nobody known; of the headers only the key ids get into it."""
+    """Make a record; of the headers only the key ids get into it."""
     return AuthDecisionRecord(
         side=side,
         task_name=task_name,
         task_id=task_id[:_LONGEST_ID] if isinstance(task_id, str) else None,
         state=verdict.state,
         reason_code=verdict.reason_code,
+        subject=None if identity is None else identity.subject.id,
+        tenant=None if identity is None else identity.tenant,
+        delegation_chain=chain,
         key_id=_find_snapshot_key_id(headers.get(AUTH_CONTEXT_SNAPSHOT_METADATA_KEY)),
         seal_key_id=find_key_id(headers.get(SEAL_HEADER)),
     )
-
-
-def _of(record: AuthDecisionRecord, identity: AuthContext, chain: tuple[str, ...]) -> AuthDecisionRecord:
-    return replace(record, subject=identity.subject.id, tenant=identity.tenant, delegation_chain=chain)
 
 
 def _find_snapshot_key_id(envelope: object) -> str | None:

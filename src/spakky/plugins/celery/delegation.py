@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Final, override
 
 from spakky.auth.context import AuthClaim, AuthContext
@@ -67,7 +68,7 @@ def find_hop(celery: Any) -> str:
 
 
 def find_max_depth(celery: Any) -> int:
-    """Tell how many hops an application lets an identity make."""
+    """Tell how many hops an application lets an identity make: one or more. Celery takes its time to answer."""
     return int(celery.conf.get(MAX_DELEGATION_DEPTH_SETTING) or _DEFAULT_MAX_DEPTH)
 
 
@@ -90,12 +91,12 @@ class DelegatingSigner(IAuthContextSnapshotSigner):
         """
         identity = request.auth_context
         chain = (*_read_chain(self._task_name, identity), find_hop(self._celery))
-        limit = find_max_depth(self._celery)
-        if len(chain) > limit:
+        if len(chain) > 1 and len(chain) > (limit := find_max_depth(self._celery)):
             raise TaskDelegationTooDeepError(self._task_name, len(chain), limit, chain)
-        claim = AuthClaim(name=DELEGATION_CLAIM, value=json.dumps(chain, separators=(",", ":")))
+        claim = AuthClaim(name=DELEGATION_CLAIM, value=_encode(chain))
         others = tuple(kept for kept in identity.claims if kept.name != DELEGATION_CLAIM)
-        return self._signer.sign_snapshot(replace(request, auth_context=replace(identity, claims=(*others, claim))))
+        delegated = replace(identity, claims=(*others, claim))
+        return self._signer.sign_snapshot(SnapshotSignRequest(auth_context=delegated, tenant=request.tenant))
 
 
 class DelegationCheck(IAuthContextSnapshotVerifier):
@@ -103,6 +104,8 @@ class DelegationCheck(IAuthContextSnapshotVerifier):
 
     identity: AuthContext | None = None
     """What was verified, also where its chain was refused."""
+    chain: tuple[str, ...] = ()
+    """Its chain, where that can be read."""
     is_too_deep = False
     """Whether the chain was refused as too long."""
 
@@ -120,13 +123,19 @@ class DelegationCheck(IAuthContextSnapshotVerifier):
             TaskAuthorizationDeniedError: If the chain is refused.
         """
         self.identity = identity = self._verifier.verify_snapshot(snapshot_envelope, invocation)
-        depth, limit = len(_read_chain(self._task_name, identity)), find_max_depth(self._celery)
-        if depth > limit:
+        self.chain = _read_chain(self._task_name, identity)
+        depth = len(self.chain)
+        if depth > 1 and depth > (limit := find_max_depth(self._celery)):
             self.is_too_deep = True
             reason = f"its delegation chain has {depth} hops, and SPAKKY_CELERY__MAX_DELEGATION_DEPTH is {limit}"
             decision = AuthorizationDecision.deny(AuthorizationReasonCode.POLICY_DENIED, reason)
             raise TaskAuthorizationDeniedError.from_decision(self._task_name, decision)
         return identity
+
+
+@lru_cache(maxsize=256)
+def _encode(chain: tuple[str, ...]) -> str:
+    return json.dumps(chain, separators=(",", ":"))
 
 
 def _read_chain(task_name: str, identity: AuthContext) -> tuple[str, ...]:
