@@ -11,7 +11,17 @@ from spakky.task import TaskHandler, task
 
 from spakky.plugins.celery.dispatch import TaskDispatcher
 from spakky.plugins.celery.instrumentation import AuthDecisionRecord, IAuthDecisionObserver
-from support.auth_app import AUTH_PLUGINS, PODS, Verifier, is_down, signer_that_does_not_exist
+from support.auth_app import (
+    AUTH_PLUGINS,
+    PODS,
+    Open,
+    Rights,
+    Safe,
+    Verifier,
+    auth_provider,
+    is_down,
+    signer_that_does_not_exist,
+)
 from support.probe import build, record
 
 
@@ -87,16 +97,16 @@ class Relay:
         return answer
 
 
-OBSERVERS = (Broken, Trail, Relay)
+OBSERVERS = (Broken, Trail)
 
 
 def create_app() -> SpakkyApplication:
     """Build the application under test, not started."""
-    app = build(*PODS, Verifier, *OBSERVERS, plugins=AUTH_PLUGINS)
+    app = build(*PODS, Verifier, *OBSERVERS, Relay, plugins=AUTH_PLUGINS)
     app.container.bind_to_type(IAuthContextSnapshotVerifier, Verifier)
     return app
 
 
 def create_app_without_signer() -> SpakkyApplication:
-    """Build the same application without spakky-cryptography."""
-    return build(*PODS, signer_that_does_not_exist, *OBSERVERS, plugins=AUTH_PLUGINS[:1])
+    """Build an application without protected tasks and without spakky-cryptography."""
+    return build(Rights, auth_provider, Open, Safe, signer_that_does_not_exist, *OBSERVERS, plugins=AUTH_PLUGINS[:1])
