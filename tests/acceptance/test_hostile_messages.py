@@ -220,9 +220,12 @@ def test_the_first_protocol_is_taken_and_checked(worker: Bench) -> None:
     for problem, fields in {"timelimit": {"timelimit": ["a", 1]}, "callbacks": {"callbacks": [5]}}.items():
         with pytest.raises(TaskMessageRefusedError, match=problem):
             wait_for(celery_of(worker.client).AsyncResult(send(**fields)))
-    for fields in ({"task": ["greet"]}, {"task": {}}, {"id": 5}, {"id": None}):
+    unknown = {"task": "shop.Unknown.task"}
+    for fields in ({"task": ["greet"]}, {"task": {}}, {"id": 5}, {"id": None}, {**unknown, "id": None}, unknown):
         send(**fields)
+    Hostile({}, json.dumps(unknown).encode()).send(worker)
     greet(worker)
+    assert "Connection to broker lost" not in worker.worker.output
 
 
 def name_of(text: bytes) -> bytes:

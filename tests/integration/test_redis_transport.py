@@ -233,6 +233,7 @@ NOT_PYTHONS = {
     "an exchange that is no number": raw_message(delivery_info='{"exchange": nan, "routing_key": "q"}'),
     "an exchange that is a list": raw_message(delivery_info='{"exchange": [], "routing_key": "q"}'),
     "no routing key": raw_message(delivery_info='{"exchange": ""}'),
+    "no way back to a queue": raw_message(delivery_info='{"exchange": "", "routing_key": ""}'),
     "properties that are a list": b'{"properties": [1]}',
 }
 

@@ -49,7 +49,8 @@ for first = 3, #KEYS, width do
         local delivery = type(properties) == 'table' and properties.delivery_info
         local exchange = type(delivery) == 'table' and delivery.exchange
         local routing_key = type(delivery) == 'table' and delivery.routing_key
-        if type(tag) == 'string' and type(exchange) == 'string' and type(routing_key) == 'string' then
+        local routed = type(exchange) == 'string' and type(routing_key) == 'string' and exchange .. routing_key ~= ''
+        if type(tag) == 'string' and routed then
           redis.call('ZADD', KEYS[2], now, tag)
           local route = cjson.encode(exchange) .. ',' .. cjson.encode(routing_key)
           redis.call('HSET', KEYS[1], tag, '[' .. raw .. ',' .. route .. ']')
@@ -137,7 +138,7 @@ class QoS(stock.QoS):
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
         try:
             super().restore_by_tag(tag, client, leftmost)
-        except redis.RedisError:
+        except (redis.ConnectionError, redis.TimeoutError, redis.ResponseError):
             raise
         except Exception:  # noqa: BLE001  # it would keep what is after it from being restored, each time
             with self.channel.conn_or_acquire(client) as connected:

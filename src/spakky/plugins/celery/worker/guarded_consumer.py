@@ -31,6 +31,7 @@ from spakky.plugins.celery.worker.message_checks import (
     Problem,
     SizeLimits,
     find_message_problem,
+    find_name_problem,
     find_request_problem,
     is_name,
 )
@@ -52,7 +53,6 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # the host ships no type
 
     app: Any
     connection_errors: tuple[type[Exception], ...]
-    channel_errors: tuple[type[Exception], ...]
     event_dispatcher: Any
 
     def __init__(self, on_task_request: Callable[[Any], object], *args: Any, **options: Any) -> None:
@@ -79,7 +79,7 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # the host ships no type
     @override
     def create_task_handler(self, promise: Any = promise) -> Any:
         handle = super().create_task_handler(promise)
-        hosts_errors = (*self.connection_errors, *self.channel_errors)
+        lost_connection = self._lost_connection
 
         def check_then_handle(message: Any) -> None:
             problem = find_message_problem(message, self._limits)
@@ -88,12 +88,17 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # the host ships no type
                 return
             try:
                 handle(message)
-            except hosts_errors:
+            except lost_connection:
                 raise
             except Exception as error:  # noqa: BLE001  # Celery's consumer would end, and the worker with it
                 self._refuse(message, Problem(_tell(error)))
 
         return check_then_handle
+
+    @property
+    def _lost_connection(self) -> tuple[type[Exception], ...]:
+        """Errors that end a connection; kombu counts every KeyError among those of Redis, hostile messages' too."""
+        return tuple(error for error in self.connection_errors if not issubclass(error, LookupError))
 
     @override
     def on_unknown_message(self, body: Any, message: Any) -> None:
@@ -104,6 +109,10 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # the host ships no type
     @override
     def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
         fields = _fields_of(message)
+        problem = find_name_problem(fields)
+        if problem is not None:  # in the first protocol, which has its names in the body
+            self._refuse(message, problem)
+            return
         text = "Received and dropped a message of a task that is not registered; is its module imported? %s"
         logger.error(text, _describe(message, fields))
         task_id, name = fields["id"], fields["task"]
@@ -143,7 +152,7 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # the host ships no type
             if problem is None:
                 self._give_to_pool(request)
                 return
-        except (*self.connection_errors, *self.channel_errors):
+        except self._lost_connection:
             raise
         except Exception as error:  # noqa: BLE001  # in a timer nobody would acknowledge the message
             problem = Problem(_tell(error))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any, Final, NamedTuple
 
-__all__ = ["Problem", "SizeLimits", "find_message_problem", "find_request_problem", "is_name"]
+__all__ = ["Problem", "SizeLimits", "find_message_problem", "find_name_problem", "find_request_problem", "is_name"]
 
 _LONGEST_ID: Final = 255
 """As an AMQP correlation id, which Celery sends too, has room for."""
@@ -47,14 +47,14 @@ def find_message_problem(message: Any, limits: SizeLimits) -> Problem | None:
         return Problem(text, size, limits.headers)
     problem = _find_body_problem(message.body, limits.body)
     if problem is None and "task" in headers:
-        return _find_name_problem(headers)
+        return find_name_problem(headers)
     return problem
 
 
 def find_request_problem(request: Any) -> Problem | None:
     """Look at what Celery has made of a message, whichever protocol it was in, before it goes to the pool."""
     fields = request.request_dict
-    problem = _find_name_problem(fields)
+    problem = find_name_problem(fields)
     if problem is not None:
         return problem
     for name, (fits, expected) in _FIELDS.items():
@@ -89,7 +89,8 @@ def _find_body_problem(body: object, limit: int | None) -> Problem | None:
     return None
 
 
-def _find_name_problem(fields: Mapping[str, Any]) -> Problem | None:
+def find_name_problem(fields: Mapping[str, Any]) -> Problem | None:
+    """Look at what names a message, in its headers or in its body."""
     for name in ("task", "id"):
         if not is_name(fields.get(name)):
             return Problem(f"its {name} is no printable text of {_LONGEST_ID} characters or fewer")
