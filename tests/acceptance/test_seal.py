@@ -15,6 +15,7 @@ from spakky.auth.constants import AUTH_CONTEXT_SNAPSHOT_METADATA_KEY
 from spakky.plugins.celery.common.constants import SEAL_HEADER
 from spakky.plugins.celery.dispatch import TaskDispatcher
 from spakky.plugins.celery.error import TaskSealInvalidError
+from spakky.plugins.celery.replay_memory import ReplayMemory
 from spakky.plugins.celery.seal import SealedParts, Seals
 from support.auth_app import ADMIN, ENVIRONMENT, GUEST, Open, Vault, acting_as, create_app, wait_for
 from support.brokers import make_broker
@@ -30,6 +31,7 @@ GREET = "support.auth_app.Open.greet"
 KEYS = {"new": "n" * 32, "old": "canary-of-an-old-key-0123456789ab"}
 RETIRED = {"retired": "r" * 32}
 SEALED = {**ENVIRONMENT, "SPAKKY_CELERY__SEAL_KEYS": json.dumps(KEYS), "SPAKKY_CELERY__SEAL": "require"}
+WINDOW = {"SPAKKY_CELERY__REPLAY_WINDOW": "PT1H"}
 
 
 @pytest.fixture(
@@ -39,7 +41,7 @@ def worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     kind, pool = request.param.split("-")
     folder = tmp_path_factory.mktemp(request.param)
     target = "support.auth_app:create_app"
-    with bench(kind, folder, pool, target=target, factory=create_app, concurrency=1, **SEALED) as started:
+    with bench(kind, folder, pool, target=target, factory=create_app, concurrency=1, **SEALED, **WINDOW) as started:
         yield started
 
 
@@ -249,6 +251,36 @@ def test_protected_tasks_run_under_a_seal(worker: Bench) -> None:
     with acting_as(worker.client, ADMIN):
         result = worker.get(TaskDispatcher).dispatch(worker.get(Vault).role)
     assert result.get(20)["subject"] == "ada"
+
+
+def replay(worker: Bench, message: Message, outcome: object) -> None:
+    """Send a message, let its run end, send it again, and see that it is refused and changes no result."""
+    celery = celery_of(worker.client)
+    assert wait_for(message.send(worker)) == outcome
+    memory = ReplayMemory.of(celery)
+    assert memory is not None
+    wait_until(lambda: memory.has_run(message.headers[SEAL_HEADER]))
+    ran, refused = len(worker.events(event="ran")), seals_of(worker)["problems"].get("replayed", 0)
+    result = message.send(worker)
+    wait_until(lambda: seals_of(worker)["problems"].get("replayed", 0) == refused + 1)
+    assert f"{result.id!r}: it has run before, key 'new'" in worker.worker.output
+    assert len(worker.events(event="ran")) == ran
+    assert celery.AsyncResult(result.id).get(20) == outcome
+
+
+def test_a_message_that_has_run_is_refused_when_it_comes_again(worker: Bench) -> None:
+    """The same message, whole, runs once within the window; another one of the same call runs."""
+    replay(worker, make(worker), "hello ada!")
+    assert wait_for(make(worker).send(worker)) == "hello ada!"
+
+
+def test_a_database_remembers_what_has_run(tmp_path: Path) -> None:
+    """Any result back end that the workers share will do."""
+    results = {"SPAKKY_CELERY__RESULT_BACKEND": f"db+sqlite:///{tmp_path}/results.db"}
+    target = "support.auth_app:create_app"
+    options = {"target": target, "factory": create_app, "concurrency": 1, **SEALED, **WINDOW, **results}
+    with bench("amqp", tmp_path, "threads", **options) as worker:  # type: ignore[arg-type]  # names are settings
+        replay(worker, make(worker), "hello ada!")
 
 
 def test_a_worker_that_only_signs_runs_and_tells(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ RUNNING = {
     "execution",
     "post_processor",
     "protection_check",
+    "replay_memory",
     "run_retry",
     "schedule_principal",
     "seal_check",

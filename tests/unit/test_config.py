@@ -714,3 +714,24 @@ def test_seal_keys_that_cannot_be_used_are_not_shown(monkeypatch: pytest.MonkeyP
     error = refusal_of()
     assert error.setting == "seal_keys"
     assert "canary" not in f"{error}{error.args!r}"
+
+
+SEALING = {"seal_keys": {"one": "s" * 32}, "seal": "require", "result_backend": "cache+memory://"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"seal": "sign"}, "SEAL=require"),
+        ({"result_backend": None}, "RESULT_BACKEND"),
+        ({"result_expires": 59}, "0:00:59"),
+    ],
+    ids=["policy", "back end", "expiry"],
+)
+def test_a_replay_window_needs_what_keeps_it(changed: dict[str, Any], told: str) -> None:
+    """Messages without a seal cannot be known again, nor can those be remembered for longer than results are kept."""
+    assert config_of(**SEALING, replay_window=60).replay_window_s == 60
+    assert config_of(**SEALING).replay_window_s is None
+    assert config_of(**SEALING | {"result_expires": None}, replay_window=60).replay_window_s == 60
+    error = refusal_of(**SEALING | changed, replay_window=60)
+    assert (error.setting, told in str(error)) == ("replay_window", True)

@@ -24,6 +24,7 @@ from spakky.plugins.celery.dispatch import (
 )
 from spakky.plugins.celery.instrumentation.auth_log import AuthDecisionLog
 from spakky.plugins.celery.post_processor import CeleryPostProcessor
+from spakky.plugins.celery.replay_memory import REPLAY_WINDOW_SETTING
 from spakky.plugins.celery.seal import Seals
 from spakky.plugins.celery.sealed_amqp import SealedAmqp
 
@@ -55,6 +56,7 @@ def celery_app(config: CeleryConfig, customizers: tuple[CeleryCustomizer, ...] =
     celery.conf[MAX_DELEGATION_DEPTH_SETTING] = config.max_delegation_depth
     celery.conf[AUTHORIZE_CALLERS_SETTING] = config.authorize_callers
     celery.conf[PREPARED_DISPATCH_SETTING] = config.prepared_dispatch
+    celery.conf[REPLAY_WINDOW_SETTING] = config.replay_window_s
     celery.conf[PUBLISH_TIMEOUT_SETTING] = config.publish_timeout.total_seconds()
     for customizer in customizers:
         customizer.customize(celery)

@@ -55,6 +55,7 @@ from spakky.plugins.celery.error import (
 from spakky.plugins.celery.execution import TaskExecution, release_traceback
 from spakky.plugins.celery.keyword_guard import guard_keywords
 from spakky.plugins.celery.protection_check import check_protection
+from spakky.plugins.celery.replay_memory import ReplayMemory
 from spakky.plugins.celery.run_retry import send_retry
 from spakky.plugins.celery.schedule import to_celery_schedule
 from spakky.plugins.celery.schedule_principal import SCHEDULED, SchedulePrincipals
@@ -356,11 +357,20 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
         """Merge again when a worker or beat has imported its modules: beat_schedule may have been assigned since."""
         signals.import_modules.connect(self._merge_schedule, sender=self._resolve_celery())
         signals.beat_init.connect(self._merge_into_scheduler)
+        signals.task_postrun.connect(self._note_end)
         signals.task_postrun.connect(release_traceback)
         signals.celeryd_init.connect(check_worker)
         signals.celeryd_init.connect(self._consume_named_queues)
         signals.celeryd_init.connect(self._guard_consumer)
         signals.worker_init.connect(self._check_seals)
+
+    def _note_end(self, sender: Task, state: str | None = None, **_: object) -> None:
+        """Remember a message that has run, where none may run twice; what fails here costs the memory alone."""
+        if self._celery is None or sender.app is not self._celery:
+            return
+        memory = ReplayMemory.of(self._celery)
+        if memory is not None:
+            memory.note_end(sender, state)
 
     def _check_seals(self, sender: Any, **_: object) -> None:
         """Check the seals of messages, now that the worker has imported every task."""

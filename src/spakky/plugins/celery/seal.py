@@ -62,6 +62,8 @@ class SealProblem(StrEnum):
     MALFORMED = "malformed"
     UNKNOWN_KEY = "unknown key"
     MISMATCH = "mismatch"
+    REPLAYED = "replayed"
+    """It holds, and its message has run before."""
 
 
 class HeldSeal(str):

@@ -13,9 +13,10 @@ from celery.utils.imports import instantiate
 
 from spakky.plugins.celery.audit import AuthAudit, to_seal_record
 from spakky.plugins.celery.common.config import CelerySealPolicy
-from spakky.plugins.celery.common.constants import SEAL_HELD_HEADER, SEAL_REQUIRED_ATTRIBUTE
+from spakky.plugins.celery.common.constants import SEAL_HEADER, SEAL_HELD_HEADER, SEAL_REQUIRED_ATTRIBUTE
 from spakky.plugins.celery.common.refused_message import show, store_refusal
 from spakky.plugins.celery.error import TaskSealInvalidError
+from spakky.plugins.celery.replay_memory import ReplayMemory
 from spakky.plugins.celery.seal import SEALED_HEADERS, HeldSeal, SealedParts, SealProblem, SealVerdict
 from spakky.plugins.celery.sealed_amqp import SealedAmqp
 
@@ -27,6 +28,7 @@ _FREE_HEADERS: Final = {"origin", "stamps", "stamped_headers"}
 _NEVER_SENT: Final = frozenset(vars(Context)) - frozenset(SEALED_HEADERS) - _FREE_HEADERS
 """Headers that Celery never sends, and that a run would take for facts of its request: ``headers``, ``chain``."""
 _CELERYS_OWN: Final = "celery."
+_OUTAGE_S: Final = 5
 
 
 class _SealStatistics(bootsteps.StartStopStep):  # type: ignore[misc]  # the host ships no types
@@ -56,6 +58,7 @@ class SealCheck:
         self._celery = celery
         self._amqp = amqp
         self._audit = audit
+        self._replays = ReplayMemory.of(celery)
         self._has_strict_tasks = any(_is_strict(task) for task in celery.tasks.values())
 
     def install(self) -> None:
@@ -71,6 +74,12 @@ class SealCheck:
 
         def check_then_handle(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **kwargs: Any) -> Any:
             verdict = self._judge(message)
+            try:
+                verdict = self._judge_replay(message, verdict)
+            except Exception:  # it is not refused for an outage, and not run without an answer
+                logger.exception("Task %r waits %d s: whether it ran before cannot be told", task.name, _OUTAGE_S)
+                again = (message, body, ack, reject, callbacks)
+                return consumer.timer.call_after(_OUTAGE_S, check_then_handle, again, kwargs)
             if verdict.problem is None:
                 message.headers[SEAL_HELD_HEADER] = HeldSeal(verdict.key_id)
             if verdict.problem is None or self._tolerate(task, message, verdict.problem, verdict):
@@ -93,6 +102,15 @@ class SealCheck:
             return SealVerdict(SealProblem.MISMATCH, verdict.key_id)
         return verdict
 
+    def _judge_replay(self, message: Any, verdict: SealVerdict) -> SealVerdict:
+        if (
+            self._replays is None
+            or verdict.problem is not None
+            or not self._replays.has_run(message.headers[SEAL_HEADER])
+        ):
+            return verdict
+        return SealVerdict(SealProblem.REPLAYED, verdict.key_id)
+
     def _tolerate(self, task: Task, message: Any, problem: SealProblem, verdict: SealVerdict) -> bool:
         counts = self._amqp.problems
         counts[problem] += 1
@@ -110,10 +128,12 @@ class SealCheck:
         problem = verdict.problem or SealProblem.MISSING
         headers = message.headers or {}
         error = TaskSealInvalidError(str(task.name), problem.value, verdict.key_id)
-        text = "Refused a message of task %r, id %s: its seal does not hold: %s, key %r. Refused so far: %d."
-        logger.error(text, task.name, show(headers.get("id")), problem, verdict.key_id, self._amqp.refused)
+        why = "it has run before" if problem is SealProblem.REPLAYED else f"its seal does not hold: {problem}"
+        text = "Refused a message of task %r, id %s: %s, key %r. Refused so far: %d."
+        logger.error(text, task.name, show(headers.get("id")), why, verdict.key_id, self._amqp.refused)
         self._audit.tell(to_seal_record(str(task.name), problem, headers))
-        store_refusal(task.app, headers, message.properties.get("reply_to"), error)
+        if problem is not SealProblem.REPLAYED:  # the result is that of the run
+            store_refusal(task.app, headers, message.properties.get("reply_to"), error)
         reject(False)  # noqa: FBT003  # Celery's: do not put it back
 
 

@@ -419,6 +419,10 @@ class CeleryConfig(BaseSettings):
     """Time after its end in which a snapshot is taken, if it was valid when its run was due and the seal of the message
     holds: what a queue may be late. 0: none. The plugin reads it, not Celery."""
 
+    replay_window: _OptionalDuration = None
+    """Time for which a sealed message whose run has ended is refused when it comes again. None: it runs again. At most
+    ``result_expires``; needs ``seal=require`` and a result back end. The plugin reads it, not Celery."""
+
     @_without_parameters
     def __init__(self, **settings: Any) -> None:
         known = {name: value for name, value in settings.items() if name in type(self).model_fields}
@@ -609,6 +613,25 @@ class CeleryConfig(BaseSettings):
         yield from self._tls_file_contradictions()
         if self.seal not in {None, CelerySealPolicy.OFF} and not self.seal_keys:
             yield self._refuse("seal", f"Give {_PREFIX}SEAL_KEYS, or off: nothing can be sealed without a key.")
+
+        yield from self._replay_contradictions()
+
+    def _replay_contradictions(self) -> Iterator[InvalidCeleryConfigError]:
+        if self.replay_window is None:
+            return
+        if self.effective_seal is not CelerySealPolicy.REQUIRE:
+            yield self._refuse("replay_window", f"Set {_PREFIX}SEAL=require: what is not sealed cannot be known again.")
+        if self.result_backend is None:
+            yield self._refuse("replay_window", f"Set {_PREFIX}RESULT_BACKEND: messages are remembered there.")
+        if self.result_expires is not None and self.replay_window > self.result_expires:
+            yield self._refuse(
+                "replay_window", f"Give at most {_PREFIX}RESULT_EXPIRES, which is {self.result_expires}."
+            )
+
+    @property
+    def replay_window_s(self) -> float | None:
+        """The window in seconds."""
+        return _to_optional_seconds(self.replay_window)
 
     @property
     def effective_seal(self) -> CelerySealPolicy:

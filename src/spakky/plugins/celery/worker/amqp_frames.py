@@ -24,25 +24,35 @@ _PROPERTIES: Final = pack(
 )
 
 
-def read_frames(connection: Any, callback: Callable[..., object]) -> Callable[[Any], object]:
-    """Make what handles the frames of a connection: py-amqp's, as its ``frame_handler`` argument takes it."""
-    delivered = 0
+class _FrameReader:
+    """Makes what handles the frames of a connection: py-amqp's own, as its ``frame_handler`` argument takes it."""
 
-    def deliver(*arguments: Any) -> object:
-        nonlocal delivered
-        delivered += 1
-        return callback(*arguments)
+    def __json__(self) -> str:
+        """What ``inspect stats`` shows: it has the options of the worker's connection."""
+        return type(self).__name__
 
-    handle = frame_handler(connection, deliver)
+    def __call__(self, connection: Any, callback: Callable[..., object]) -> Callable[[Any], object]:
+        delivered = 0
 
-    def read(frame: tuple[int, int, bytes]) -> object:
-        before = delivered
-        try:
-            return handle(frame)
-        except Exception:
-            kind, channel, content = frame
-            if kind != _HEADER_FRAME or delivered != before:  # who was given a message has raised it
-                raise
-        return handle((kind, channel, bytes(content[:_SIZES_END]) + _PROPERTIES))
+        def deliver(*arguments: Any) -> object:
+            nonlocal delivered
+            delivered += 1
+            return callback(*arguments)
 
-    return read
+        handle = frame_handler(connection, deliver)
+
+        def read(frame: tuple[int, int, bytes]) -> object:
+            before = delivered
+            try:
+                return handle(frame)
+            except Exception:
+                kind, channel, content = frame
+                if kind != _HEADER_FRAME or delivered != before:  # who was given a message has raised it
+                    raise
+            return handle((kind, channel, bytes(content[:_SIZES_END]) + _PROPERTIES))
+
+        return read
+
+
+read_frames: Final = _FrameReader()
+"""Makes what handles the frames of a connection."""
