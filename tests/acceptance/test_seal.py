@@ -32,6 +32,8 @@ KEYS = {"new": "n" * 32, "old": "canary-of-an-old-key-0123456789ab"}
 RETIRED = {"retired": "r" * 32}
 SEALED = {**ENVIRONMENT, "SPAKKY_CELERY__SEAL_KEYS": json.dumps(KEYS), "SPAKKY_CELERY__SEAL": "require"}
 WINDOW = {"SPAKKY_CELERY__REPLAY_WINDOW": "PT1H"}
+SIGNED = {**SEALED, "SPAKKY_CELERY__SEAL": "sign", "SPAKKY_CELERY__REPLAY_WINDOW": "none"}
+"""Says that there is no window, because a client of another worker may have set one in this process."""
 
 
 @pytest.fixture(
@@ -285,9 +287,8 @@ def test_a_database_remembers_what_has_run(tmp_path: Path) -> None:
 
 def test_a_worker_that_only_signs_runs_and_tells(tmp_path: Path) -> None:
     """The policy for a change: what require would refuse runs, and each reason is told once."""
-    signing = {**SEALED, "SPAKKY_CELERY__SEAL": "sign"}
     target = "support.auth_app:create_app"
-    with bench("filesystem", tmp_path, target=target, factory=create_app, concurrency=1, **signing) as worker:
+    with bench("filesystem", tmp_path, target=target, factory=create_app, concurrency=1, **SIGNED) as worker:
         for _ in range(2):
             message = make(worker)
             drop_seal(worker, message)
@@ -326,9 +327,8 @@ def test_refusals_are_counted(worker: Bench) -> None:
 def lenient(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     kind, pool = request.param.split("-")
     folder = tmp_path_factory.mktemp(request.param)
-    signing = {**SEALED, "SPAKKY_CELERY__SEAL": "sign"}
     target = "support.seal_app:create_app"
-    with bench(kind, folder, pool, target=target, factory=create_seal_app, concurrency=1, **signing) as started:
+    with bench(kind, folder, pool, target=target, factory=create_seal_app, concurrency=1, **SIGNED) as started:
         yield started
 
 
