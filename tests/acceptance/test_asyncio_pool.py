@@ -66,7 +66,7 @@ def test_every_run_knows_itself(ours: Bench) -> None:
         assert {seen[name] for name in ("body", "after await", "child", "thread", "after timeout")} == {result.id}
         assert [*seen["marks"], seen["child's mark"]] == [f"mark {number}"] * 4
         assert seen["asyncio task"] == f"{BODIES}.look"
-    assert dispatch(ours, "see_mark").get(timeout=30) == ""
+    assert dispatch(ours, "see_mark").get(timeout=90) == ""
 
 
 def test_a_thousand_runs_at_once_know_themselves(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -102,9 +102,9 @@ def test_a_soft_limit_is_raised_at_the_await(ours: Bench) -> None:
     """The body may catch it and return; where it does not, it cleans up and the task fails with it."""
     caught = dispatch(ours, "catch_soft_limit", "it", soft_time_limit=0.5)
     uncaught = dispatch(ours, "wait", "soft", soft_time_limit=0.5)
-    assert caught.get(timeout=30) == "it was caught"
+    assert caught.get(timeout=90) == "it was caught"
     with pytest.raises(SoftTimeLimitExceeded):
-        uncaught.get(timeout=30)
+        uncaught.get(timeout=90)
     assert ours.events(event="cleaned up", tag="soft")
     for result, end in ((caught, ("success", None)), (uncaught, ("failure", "SoftTimeLimitExceeded"))):
         ours.wait_for_events(1, event="signal", name="postrun", id=result.id)
@@ -118,7 +118,7 @@ def test_a_soft_limit_is_raised_at_the_await(ours: Bench) -> None:
 def test_a_soft_limit_is_a_cancellation_for_asyncio(ours: Bench, place: str, children: int) -> None:
     """What asyncio does when an await is cancelled it does at a soft limit, before the body can catch it."""
     result = dispatch(ours, "pass_soft_limit_in", place, soft_time_limit=0.5)
-    assert result.get(timeout=30) == [*["child cleaned up"] * children, "SoftTimeLimitExceeded(0.5,)"]
+    assert result.get(timeout=90) == [*["child cleaned up"] * children, "SoftTimeLimitExceeded(0.5,)"]
 
 
 def test_a_hard_limit_cancels(ours: Bench) -> None:
@@ -126,7 +126,7 @@ def test_a_hard_limit_cancels(ours: Bench) -> None:
     errback = signature(ours, "note_error", "hard")
     result = dispatch(ours, "wait", "hard", time_limit=0.5, link_error=errback)
     with pytest.raises(TimeLimitExceeded):
-        result.get(timeout=30)
+        result.get(timeout=90)
     ours.wait_for_events(1, event="cleaned up", tag="hard")
     (noted,) = ours.wait_for_events(1, event="noted", tag="hard")
     assert noted["args"][:2] == [result.id, "TimeLimitExceeded"]  # type: ignore[index]  # a list
@@ -140,12 +140,12 @@ def test_a_terminated_task_is_cancelled(ours: Bench) -> None:
     ours.wait_for_events(1, event="started", tag="terminated")
     celery_of(ours.client).control.revoke(result.id, terminate=True)
     with pytest.raises(TaskRevokedError):
-        result.get(timeout=30)
+        result.get(timeout=90)
     ours.wait_for_events(1, event="cleaned up", tag="terminated")
     (told,) = ours.wait_for_events(1, event="signal", name="revoked", id=result.id)
     assert told["revoked"] == [True, False]
     assert not ours.events(event="signal", name="failure", id=result.id)
-    assert other.get(timeout=30) == "other"
+    assert other.get(timeout=90) == "other"
 
 
 def test_a_limit_that_passes_in_the_clean_up_changes_nothing(ours: Bench) -> None:
@@ -156,7 +156,7 @@ def test_a_limit_that_passes_in_the_clean_up_changes_nothing(ours: Bench) -> Non
     celery_of(ours.client).control.revoke(result.id, terminate=True)
     ours.wait_for_events(1, event="cleaned up", tag="cleans up")
     with pytest.raises(TaskRevokedError):
-        result.get(timeout=30)
+        result.get(timeout=90)
     assert f"exceeded for {BODIES}.wait[{result.id}]" not in ours.worker.output
 
 
@@ -172,9 +172,9 @@ def test_what_waits_for_a_thread_is_reserved_and_can_be_revoked(quiet: Bench, tm
     celery_of(quiet.client).control.revoke(results[-1].id, terminate=True)
     wait_until(lambda: f"Terminating {results[-1].id}" in quiet.worker.output)
     file.touch()
-    assert [result.get(timeout=30) for result in results[:-1]] == [str(file)] * 14
+    assert [result.get(timeout=90) for result in results[:-1]] == [str(file)] * 14
     with pytest.raises(TaskRevokedError):
-        results[-1].get(timeout=30)
+        results[-1].get(timeout=90)
     assert len(quiet.events(event="started", tag=str(file))) == 14
 
 
@@ -182,23 +182,23 @@ def test_what_waits_for_a_thread_is_reserved_and_can_be_revoked(quiet: Bench, tm
 def test_a_bodys_own_cancellation_is_a_failure(ours: Bench, name: str) -> None:
     """It is neither a revocation nor the end of the worker."""
     with pytest.raises(TaskBodyCancelledError, match=name):
-        dispatch(ours, name).get(timeout=30)
+        dispatch(ours, name).get(timeout=90)
 
 
 def test_a_body_that_exits_does_not_end_the_worker(ours: Bench) -> None:
     """SystemExit fails the task, as in Celery's threads pool, and the loop goes on."""
     with pytest.raises(WorkerLostError, match="SystemExit"):
-        dispatch(ours, "exit").get(timeout=30)
-    assert dispatch(ours, "see_mark").get(timeout=30) == ""
+        dispatch(ours, "exit").get(timeout=90)
+    assert dispatch(ours, "see_mark").get(timeout=90) == ""
 
 
 def test_what_is_wrong_with_a_body_is_logged(ours: Bench) -> None:
     """asyncio tasks left behind are cancelled and named; a body that blocks the loop is named with its stack."""
-    dispatch(ours, "leave_behind").get(timeout=30)
+    dispatch(ours, "leave_behind").get(timeout=90)
     assert len(ours.events(event="left behind and ended")) == 1
     wait_until(lambda: "are cancelled: left-behind" in ours.worker.output)
     assert f"Task '{BODIES}.leave_behind' ended and left 1" in ours.worker.output
-    dispatch(ours, "block").get(timeout=30)
+    dispatch(ours, "block").get(timeout=90)
     wait_until(lambda: f"Task '{BODIES}.block' has blocked the event loop" in ours.worker.output)
     assert "time.sleep(1.5)" in ours.worker.output
 
@@ -207,7 +207,7 @@ def test_inspection_sees_what_runs(ours: Bench) -> None:
     """active names the runs; stats have the pool's size and the loop's lag, the longest too."""
     result = dispatch(ours, "wait", "inspected")
     ours.wait_for_events(1, event="started", tag="inspected")
-    dispatch(ours, "block").get(timeout=30)
+    dispatch(ours, "block").get(timeout=90)
     seen = inspect(ours)
     assert result.id in ids_of(seen["active"])
     pool = seen["stats"]["pool"]

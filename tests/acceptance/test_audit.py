@@ -255,7 +255,7 @@ def test_members_of_compositions_are_one_hop_away(worker: Bench) -> None:
         chain = tasks.chain(tasks.call(relay.third), tasks.step(relay.follow)).dispatch()
         calls = [tasks.call(relay.third), tasks.call(relay.third)]
         chord = tasks.chord(calls, tasks.step(relay.join)).dispatch()
-    assert (chain.get(20), chord.get(20)) == ("arrived", "arrived arrived")
+    assert (chain.get(90), chord.get(90)) == ("arrived", "arrived arrived")
     for name, handle in (("follow", chain), ("join", chord)):
         assert records(worker, handle.task_id) == [expected(name, app_of(worker))]
 

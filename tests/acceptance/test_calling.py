@@ -42,7 +42,7 @@ def worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def result_of(worker: Bench, task_id: str) -> Any:
     """Get a result; a result back end in a folder is otherwise asked only twice a second."""
-    return celery_of(worker.client).AsyncResult(task_id).get(timeout=20, interval=0.02)
+    return celery_of(worker.client).AsyncResult(task_id).get(timeout=90, interval=0.02)
 
 
 def run(worker: Bench, handler: type, name: str, /, *args: Any, **kwargs: Any) -> Any:
@@ -54,7 +54,7 @@ def run(worker: Bench, handler: type, name: str, /, *args: Any, **kwargs: Any) -
 def look_around(worker: Bench) -> dict[str, Any]:
     """Run the foreign Celery task."""
     result: AsyncResult = celery_of(worker.client).send_task("foreign.look_around")
-    seen: dict[str, Any] = result.get(timeout=20, interval=0.02)
+    seen: dict[str, Any] = result.get(timeout=90, interval=0.02)
     return seen
 
 

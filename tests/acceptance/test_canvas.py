@@ -60,7 +60,7 @@ def runs_of(worker: Bench, trace: str) -> dict[str, dict[str, object]]:
 
 
 def get(result: Any) -> Any:
-    return result.get(timeout=30)
+    return result.get(timeout=90)
 
 
 def test_chain(worker: Bench, tasks: TaskDispatcher, numbers: Numbers, trace: str) -> None:
@@ -182,6 +182,6 @@ def test_a_failure_ends_the_whole(tasks: TaskDispatcher, numbers: Numbers) -> No
 def test_a_composition_from_inside_a_run(worker: Bench, tasks: TaskDispatcher) -> None:
     """It is dispatched there, as children of the run, with its identity."""
     run_id, last = get(tasks.dispatch(worker.get(Nested).compose))
-    assert celery_of(worker.client).AsyncResult(last).get(timeout=30) == 6
+    assert celery_of(worker.client).AsyncResult(last).get(timeout=90) == 6
     (event,) = worker.events(event="ran", id=last)
     assert (event["root"], event["subject"]) == (run_id, ADMIN.subject.id)

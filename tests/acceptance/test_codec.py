@@ -41,7 +41,7 @@ def test_every_kind_arrives_and_comes_back_as_what_it_was(worker: Bench, seriali
         dispatch: Any = dispatcher.configure(getattr(handler, to_attribute(kind)), serializer=serializer)
         results[kind] = dispatch(value, by_keyword=value)
     for kind, result in results.items():
-        back = result.get(timeout=30)
+        back = result.get(timeout=90)
         assert (kind, back, type(back)) == (kind, KINDS[kind][1], type(KINDS[kind][1]))
 
 
@@ -50,10 +50,10 @@ def test_messages_of_others_are_decoded_by_annotation_or_fail_without_a_retry(wo
     celery = celery_of(worker.client)
     name = f"support.codec_app.Kinds.{to_attribute('dataclass')}"
     line = {"title": "tea", "price": "1.10", "photo": "_wA=", "parts": [{"title": "leaf", "price": 0}]}
-    assert celery.send_task(name, [line], {"by_keyword": line}).get(timeout=30)["price"] == "1.10"
+    assert celery.send_task(name, [line], {"by_keyword": line}).get(timeout=90)["price"] == "1.10"
     wrong = celery.send_task(name, [{"title": 5}], {"by_keyword": {**line, "parts": [{"title": "leaf"}]}})
     with pytest.raises(TaskArgumentsError) as caught:
-        wrong.get(timeout=30)
+        wrong.get(timeout=90)
     places = {
         problem.split(" should")[0].split(" Field")[0].split(" is missing")[0] for problem in caught.value.problems
     }
@@ -63,9 +63,9 @@ def test_messages_of_others_are_decoded_by_annotation_or_fail_without_a_retry(wo
 
 def test_a_result_that_is_not_what_its_annotation_says_fails_its_task(worker: Bench) -> None:
     vault: Any = worker.get(Vault)
-    assert vault.weigh(wrong=False).get(timeout=30) == 3
+    assert vault.weigh(wrong=False).get(timeout=90) == 3
     with pytest.raises(TaskResultMismatchError) as caught:
-        vault.weigh(wrong=True).get(timeout=30)
+        vault.weigh(wrong=True).get(timeout=90)
     assert caught.value.task == "support.codec_app.Vault.weigh"
 
 
@@ -78,15 +78,15 @@ def test_what_is_sensitive_is_shown_nowhere(worker: Bench) -> None:
         opened = dispatch(vault.open_it, Login("ada", SecretStr(CANARY)), CANARY, hint=SecretStr(CANARY))
         inspected = inspected_until(celery, opened.task_id)
         (worker.folder / "gate").touch()
-        assert opened.get(timeout=30) == SecretStr(f"{CANARY} and more")
+        assert opened.get(timeout=90) == SecretStr(f"{CANARY} and more")
         broken = vault.break_it(CANARY)
         with pytest.raises(ValueError, match="no code of 6 letters") as failed:
-            broken.get(timeout=30)
+            broken.get(timeout=90)
         with pytest.raises(TaskArgumentsError) as refused:
             vault.break_it({CANARY: CANARY})
         misfit = celery.send_task("support.codec_app.Vault.break_it", [{CANARY: CANARY}], argsrepr="[...]")
         with pytest.raises(TaskArgumentsError) as misfitted:
-            misfit.get(timeout=30)
+            misfit.get(timeout=90)
         wait_until(lambda: {opened.task_id, broken.task_id, misfit.id} <= ended(events), describe=lambda: str(events))
     shown = [worker.worker.output, json.dumps(events, default=str), json.dumps(inspected, default=str)]
     shown += [str(caught.value) for caught in (failed, refused, misfitted)]

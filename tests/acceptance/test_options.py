@@ -61,7 +61,7 @@ def drop(worker: Bench, *queues: str) -> None:
 
 
 def get(result: Any) -> Any:
-    return result.get(timeout=20)
+    return result.get(timeout=90)
 
 
 def dispatch(worker: Bench, method: Any, *args: Any) -> Any:
@@ -222,9 +222,9 @@ def test_seal(worker: Bench, tmp_path: Path) -> None:
         plain.conf.task_default_queue = sealing.broker.app_name
         for name in ("support.seal_app.Till.pay", "till.pay"):
             with pytest.raises(TaskSealInvalidError):
-                celery_of(sealing.client).AsyncResult(plain.send_task(name, ("ada",)).id).get(timeout=20)
+                celery_of(sealing.client).AsyncResult(plain.send_task(name, ("ada",)).id).get(timeout=90)
         unsealed = plain.send_task("support.auth_app.Open.greet", ("ada",))
-        assert celery_of(sealing.client).AsyncResult(unsealed.id).get(timeout=20) == "hello ada!"
+        assert celery_of(sealing.client).AsyncResult(unsealed.id).get(timeout=90) == "hello ada!"
     with (
         pytest.raises(InvalidTaskOptionError, match="SEAL_KEYS"),
         client_of(worker.broker, tmp_path / "log", seal_app.create_app, **ENVIRONMENT),
@@ -235,13 +235,13 @@ def test_seal(worker: Bench, tmp_path: Path) -> None:
 def test_name(worker: Bench) -> None:
     """The task's messages have the name of its options, and so can those of others."""
     assert get(worker.get(Optioned).named())["task"] == NAME
-    assert celery_of(worker.client).send_task(NAME).get(timeout=20)["task"] == NAME
+    assert celery_of(worker.client).send_task(NAME).get(timeout=90)["task"] == NAME
 
 
 @pytest.mark.parametrize("alias", OLD_NAMES)
 def test_aliases(worker: Bench, alias: str) -> None:
     """Messages under a further name of the task run."""
-    assert celery_of(worker.client).send_task(alias).get(timeout=20)["task"] == alias
+    assert celery_of(worker.client).send_task(alias).get(timeout=90)["task"] == alias
 
 
 # RetryPolicy

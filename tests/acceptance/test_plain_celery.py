@@ -40,12 +40,12 @@ def test_coroutines_of_a_plain_app_share_a_loop(plain: tuple[Celery, Process]) -
     """A hundred run at once, in one thread; retries work; sync tasks have threads; SIGTERM ends the worker."""
     client, _ = plain
     sent = [client.send_task("plain.meet", (number,)) for number in range(100)]
-    seen = [result.get(timeout=30) for result in sent]
+    seen = [result.get(timeout=90) for result in sent]
     assert [found["number"] for found in seen] == list(range(100))
     assert [found["id"] for found in seen] == [result.id for result in sent]
     (thread,) = {found["thread"] for found in seen}
-    assert client.send_task("plain.again").get(timeout=30) == 2
-    assert client.send_task("plain.sync").get(timeout=30) != thread
+    assert client.send_task("plain.again").get(timeout=90) == 2
+    assert client.send_task("plain.sync").get(timeout=90) != thread
 
 
 def test_a_run_whose_end_takes_long_holds_up_no_other(plain: tuple[Celery, Process], tmp_path: Path) -> None:
@@ -55,9 +55,9 @@ def test_a_run_whose_end_takes_long_holds_up_no_other(plain: tuple[Celery, Proce
     held_up = client.send_task("plain.held_up", (str(file),))
     end = f"Task plain.held_up[{held_up.id}] succeeded"
     try:
-        assert held_up.get(timeout=30) == "held up"
+        assert held_up.get(timeout=90) == "held up"
         others = [client.send_task("plain.again") for _ in range(50)]
-        assert [other.get(timeout=30) for other in others] == [2] * 50
+        assert [other.get(timeout=90) for other in others] == [2] * 50
         assert end not in worker.output
     finally:
         file.touch()
@@ -69,4 +69,4 @@ def test_a_retry_begins_when_the_run_before_has_ended(plain: tuple[Celery, Proce
     """Otherwise the state RETRY of the first could be stored after, and over, the result of the second."""
     client, _ = plain
     results = [client.send_task(f"plain.{name}") for _ in range(3)]
-    assert [result.get(timeout=30) for result in results] == [True] * 3
+    assert [result.get(timeout=90) for result in results] == [True] * 3

@@ -107,7 +107,7 @@ def test_inherited_schedules_run_on_their_own_handler(worker: Bench, handler: st
         for name, entry in celery_of(worker.client).conf.beat_schedule.items()
         if name == f"support.handlers.{handler}.clean"
     ]
-    assert celery_of(worker.client).send_task(entry["task"]).get(timeout=20) == f"cleaned by {handler}"
+    assert celery_of(worker.client).send_task(entry["task"]).get(timeout=90) == f"cleaned by {handler}"
 
 
 def test_two_pods_of_one_class(worker: Bench) -> None:
@@ -133,13 +133,13 @@ def test_dispatcher_dispatches_inside_a_run(worker: Bench, name: str) -> None:
     result = worker.get(TaskDispatcher).dispatch(getattr(worker.get(Leftovers), name), "Ada")
     kind, task_id = result.get()
     assert kind == "CeleryTaskResult"
-    assert celery.AsyncResult(task_id).get(timeout=20) == "hello Ada"
+    assert celery.AsyncResult(task_id).get(timeout=90) == "hello Ada"
 
 
 def test_nothing_of_a_run_is_left_for_a_foreign_task(worker: Bench) -> None:
     """A plain Celery task that runs next sees no context value and no trace, and its call is dispatched."""
     worker.get(Scoped).run().get()
-    seen = celery_of(worker.client).send_task("foreign.look_around").get(timeout=20)
+    seen = celery_of(worker.client).send_task("foreign.look_around").get(timeout=90)
     assert seen == {"value": None, "trace": False, "call": "CeleryTaskResult"}
 
 
@@ -169,7 +169,7 @@ def test_a_soft_limit_reaches_the_await(worker: Bench) -> None:
         pytest.skip("Celery's threads pool has no time limits")
     celery = celery_of(worker.client)
     result = celery.send_task("support.behaviour.Leftovers.catch_soft_limit", soft_time_limit=1)
-    assert result.get(timeout=20) == "caught"
+    assert result.get(timeout=90) == "caught"
 
 
 @pytest.mark.parametrize("fail", [False, True])
@@ -183,7 +183,7 @@ def test_context_scoped_pods_live_as_long_as_one_run(worker: Bench, fail: bool) 
                 result.get()
         else:
             result.get()
-        celery_of(worker.client).send_task("foreign.look_around").get(timeout=20)
+        celery_of(worker.client).send_task("foreign.look_around").get(timeout=90)
         created = {event["id"] for event in worker.events(event="created") if event["pid"] != os.getpid()}
         released = {event["id"] for event in worker.events(event="released") if event["pid"] != os.getpid()}
         assert created
@@ -201,13 +201,13 @@ def test_keywords_with_the_hosts_names(worker: Bench) -> None:
         "default",
     ]
     raw = celery_of(worker.client).send_task("support.probe.Calls.keywords", kwargs={"method": "GET", "target": "/"})
-    assert raw.get(timeout=20) == ["GET", "/", "default"]
+    assert raw.get(timeout=90) == ["GET", "/", "default"]
 
 
 def test_arguments_that_do_not_fit_are_refused_in_the_worker_too(worker: Bench) -> None:
     """A message of another producer with wrong arguments fails once, with an error that names task and parameter."""
     raw = celery_of(worker.client).send_task("support.probe.Calls.greet", args=[1, 2, 3])
     with pytest.raises(TaskArgumentsError, match="too many positional") as caught:
-        raw.get(timeout=20)
+        raw.get(timeout=90)
     assert caught.value.task == "support.probe.Calls.greet"
     assert caught.value.signature == "(name: str)"

@@ -229,11 +229,11 @@ def test_dispatches_retries_and_delays_are_sealed(worker: Bench) -> None:
     """A call, one that is delayed, and each retry of one carry a seal that holds."""
     dispatcher, tasks = worker.get(TaskDispatcher), worker.get(Open)
     with acting_as(worker.client, ADMIN):
-        assert dispatcher.dispatch(tasks.greet, "ada").get(20) == "hello ada!"
+        assert dispatcher.dispatch(tasks.greet, "ada").get(90) == "hello ada!"
         delayed = dispatcher.configure(tasks.greet, countdown=0.2, expires=60)("eta", punctuation="?")
         retried = dispatcher.dispatch(tasks.retry_twice, "sealed")
-    assert delayed.get(20) == "hello eta?"
-    assert retried.get(20)["subject"] == "ada"
+    assert delayed.get(90) == "hello eta?"
+    assert retried.get(90)["subject"] == "ada"
     attempts = [event["retries"] for event in worker.events(event="attempt", tag="sealed")]
     assert attempts == [0, 1, 2]
 
@@ -243,16 +243,16 @@ def test_members_of_compositions_are_sealed(worker: Bench) -> None:
     dispatcher, tasks = worker.get(TaskDispatcher), worker.get(Open)
     calls = [dispatcher.call(tasks.greet, name) for name in ("a", "b")]
     chain = dispatcher.chain(calls[0], dispatcher.step(tasks.greet, punctuation="?"))
-    assert chain.dispatch().get(20) == "hello hello a!?"
-    assert [member.get(20) for member in dispatcher.group(*calls).dispatch()] == ["hello a!", "hello b!"]
-    assert dispatcher.chord(calls, dispatcher.step(tasks.join)).dispatch().get(20) == "hello a! hello b!"
+    assert chain.dispatch().get(90) == "hello hello a!?"
+    assert [member.get(90) for member in dispatcher.group(*calls).dispatch()] == ["hello a!", "hello b!"]
+    assert dispatcher.chord(calls, dispatcher.step(tasks.join)).dispatch().get(90) == "hello a! hello b!"
 
 
 def test_protected_tasks_run_under_a_seal(worker: Bench) -> None:
     """Identity and seal go together."""
     with acting_as(worker.client, ADMIN):
         result = worker.get(TaskDispatcher).dispatch(worker.get(Vault).role)
-    assert result.get(20)["subject"] == "ada"
+    assert result.get(90)["subject"] == "ada"
 
 
 def replay(worker: Bench, message: Message, outcome: object) -> None:
@@ -267,7 +267,7 @@ def replay(worker: Bench, message: Message, outcome: object) -> None:
     wait_until(lambda: seals_of(worker)["problems"].get("replayed", 0) == refused + 1)
     assert f"{result.id!r}: it has run before, key 'new'" in worker.worker.output
     assert len(worker.events(event="ran")) == ran
-    assert celery.AsyncResult(result.id).get(20) == outcome
+    assert celery.AsyncResult(result.id).get(90) == outcome
 
 
 def test_a_message_that_has_run_is_refused_when_it_comes_again(worker: Bench) -> None:
@@ -371,7 +371,7 @@ def test_sealed_messages_lead_to_a_task_that_asks_for_a_seal(lenient: Bench) -> 
     dispatcher = lenient.get(TaskDispatcher)
     chain = dispatcher.chain(dispatcher.call(lenient.get(Open).greet, "ada"), dispatcher.step(lenient.get(Till).pay))
     before = len(lenient.events(event="ran", task="pay"))
-    assert chain.dispatch().get(20) == "paid hello ada!"
+    assert chain.dispatch().get(90) == "paid hello ada!"
     assert len(lenient.events(event="ran", task="pay")) == before + 1
     message = make(lenient)
     drop_seal(lenient, message)

@@ -166,7 +166,7 @@ class Observation:
         """How its task ended, and which signals told of each run of it, in order."""
         wait_until(self.has_ended, describe=lambda: f"{self.signals()}\n{self._worker.worker.output}")
         if self._scenario.last == "postrun" and self._result.state not in {states.PENDING, states.STARTED}:
-            self._result.get(timeout=30, propagate=False)  # of a task that was replaced it comes later
+            self._result.get(timeout=90, propagate=False)  # of a task that was replaced it comes later
         runs: dict[str, list[tuple[str, ...]]] = {}
         for found in self.signals():
             told = tuple(str(found[name]) for name in ("name", "state", "error", "delay", "revoked"))
@@ -207,7 +207,7 @@ def test_rate_limits_hold(ours: Bench, celerys: Bench) -> None:
     for worker in (celerys, ours):
         sent = time.monotonic()
         results = [signature(worker, "limited").apply_async() for _ in range(6)]
-        begun = sorted(result.get(timeout=30) - sent for result in results)
+        begun = sorted(result.get(timeout=90) - sent for result in results)
         assert all(after_s > number / 5 - 0.05 for number, after_s in enumerate(begun)), begun
 
 

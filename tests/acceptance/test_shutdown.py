@@ -77,8 +77,8 @@ def test_sigterm_lets_tasks_end(kind: str, tmp_path: Path) -> None:
         assert found.worker.stop(signal.SIGTERM) == 0
         assert found.tags("ended") == sorted(TAGS)
         found.start()
-        assert [result.get(timeout=30) for result in waiting] == ["hello Ada"] * 3
-        assert sorted(result.get(timeout=30) for result in results) == sorted(TAGS)
+        assert [result.get(timeout=90) for result in waiting] == ["hello Ada"] * 3
+        assert sorted(result.get(timeout=90) for result in results) == sorted(TAGS)
         found.worker.stop(signal.SIGTERM)
         assert found.tags("started") == sorted(TAGS)  # none came back
 
@@ -130,7 +130,7 @@ def test_a_soft_shutdown_gives_tasks_time(kind: str, tmp_path: Path) -> None:
         assert "long" in found.tags("cleaned up")
         found.start()
         found.wait_for("started", [*TAGS[:5], "long", "long"])
-        assert sorted(result.get(timeout=30) for result in short) == TAGS[:5]
+        assert sorted(result.get(timeout=90) for result in short) == TAGS[:5]
         found.worker.stop(signal.SIGQUIT)
 
 

@@ -516,4 +516,4 @@ def acting_as(app: SpakkyApplication, identity: AuthContext | None) -> Iterator[
 
 def wait_for(result: AsyncResult) -> Any:
     """Get a result; a result back end in a folder is otherwise asked only twice a second."""
-    return result.get(timeout=20, interval=0.02)
+    return result.get(timeout=90, interval=0.02)

@@ -43,7 +43,7 @@ class Process:
         wait_until(lambda: text in self.output or self.popen.poll() is not None, timeout_s, lambda: self.output)
         assert text in self.output, f"exited with {self.popen.returncode}:\n{self.output}"
 
-    def stop(self, signal_: signal.Signals = signal.SIGTERM, timeout_s: float = 20) -> int:
+    def stop(self, signal_: signal.Signals = signal.SIGTERM, timeout_s: float = 60) -> int:
         """End it with a signal and give its exit code; kill its whole session where it does not end."""
         if self.popen.poll() is None:
             self.popen.send_signal(signal_)
@@ -67,7 +67,7 @@ def make_environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(TESTS), "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "default", **extra}
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 60, describe: Callable[[], str] = str) -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float = 120, describe: Callable[[], str] = str) -> None:
     """Wait for a condition that another process brings about."""
     deadline = time.monotonic() + timeout_s
     while not condition():
