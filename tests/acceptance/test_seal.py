@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from spakky.plugins.celery.seal import SealedParts, Seals
 from support.auth_app import ADMIN, ENVIRONMENT, GUEST, Open, Vault, acting_as, create_app, wait_for
 from support.brokers import make_broker
 from support.fixtures import Bench, bench, celery_of, client_of, drop_queue, read_events
+from support.messages import Recorded
 from support.processes import SPAKKY_CELERY, running, wait_until, worker_command
 from support.seal_app import Till
 from support.seal_app import create_app as create_seal_app
@@ -47,26 +47,8 @@ def worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield started
 
 
-@dataclass
-class Message:
-    """A message that is not sent yet."""
-
-    body: bytes
-    options: dict[str, Any]
-
-    def publish(self, body: bytes, **options: Any) -> None:
-        """Take what Celery would have sent: this stands where a kombu producer does."""
-        self.body, self.options = body, options
-
-    @property
-    def headers(self) -> dict[str, Any]:
-        headers: dict[str, Any] = self.options["headers"]
-        return headers
-
-    def send(self, worker: Bench) -> Any:
-        with celery_of(worker.client).producer_pool.acquire(block=True) as producer:
-            producer.publish(self.body, **self.options)
-        return celery_of(worker.client).AsyncResult(self.headers["id"])
+class Message(Recorded):
+    """A message that is not sent yet, and can be sealed anew."""
 
     def seal_again(self, keys: dict[str, str]) -> None:
         """Seal it with keys of one's own."""
@@ -80,7 +62,7 @@ class Message:
 
 def make(worker: Bench, name: str = GREET, identity: Any = ADMIN, **options: Any) -> Message:
     """Make the message of a dispatch, sealed by the client."""
-    celery, message = celery_of(worker.client), Message(b"", {})
+    celery, message = celery_of(worker.client), Message()
     made = celery.amqp.create_task_message(str(uuid4()), name, ["ada"], {}, **options)
     headers: dict[str, str] = {}
     with acting_as(worker.client, identity):
@@ -96,7 +78,7 @@ def make(worker: Bench, name: str = GREET, identity: Any = ADMIN, **options: Any
 def refuse(worker: Bench, message: Message) -> TaskSealInvalidError:
     """Send a message, wait for its refusal, and check that nothing ran for it."""
     before = len(worker.events(event="ran"))
-    result = message.send(worker)
+    result = message.send(celery_of(worker.client))
     with pytest.raises(TaskSealInvalidError) as caught:
         wait_for(result)
     assert len(worker.events(event="ran")) == before
@@ -197,7 +179,7 @@ def test_what_is_not_as_it_was_sealed_is_refused(worker: Bench, kind: str) -> No
     error = refuse(worker, message)
     assert (error.task, error.reason) == (message.headers["task"], reason)
     assert not any(secret in worker.worker.output for secret in (*KEYS.values(), *RETIRED.values()))
-    assert wait_for(make(worker).send(worker)) == "hello ada!"
+    assert wait_for(make(worker).send(celery_of(worker.client))) == "hello ada!"
 
 
 def test_every_accepted_key_is_accepted(worker: Bench) -> None:
@@ -205,7 +187,7 @@ def test_every_accepted_key_is_accepted(worker: Bench) -> None:
     message = make(worker)
     message.seal_again({"old": KEYS["old"]})
     assert message.headers[SEAL_HEADER].startswith("1.old.")
-    assert wait_for(message.send(worker)) == "hello ada!"
+    assert wait_for(message.send(celery_of(worker.client))) == "hello ada!"
 
 
 @pytest.mark.parametrize("name", ["foreign.see", "celery.backend_cleanup", "celery.chord_unlock"])
@@ -258,12 +240,12 @@ def test_protected_tasks_run_under_a_seal(worker: Bench) -> None:
 def replay(worker: Bench, message: Message, outcome: object) -> None:
     """Send a message, let its run end, send it again, and see that it is refused and changes no result."""
     celery = celery_of(worker.client)
-    assert wait_for(message.send(worker)) == outcome
+    assert wait_for(message.send(celery_of(worker.client))) == outcome
     memory = ReplayMemory.of(celery)
     assert memory is not None
     wait_until(lambda: memory.has_run(message.headers[SEAL_HEADER]))
     ran, refused = len(worker.events(event="ran")), seals_of(worker)["problems"].get("replayed", 0)
-    result = message.send(worker)
+    result = message.send(celery_of(worker.client))
     wait_until(lambda: seals_of(worker)["problems"].get("replayed", 0) == refused + 1)
     assert f"{result.id!r}: it has run before, key 'new'" in worker.worker.output
     assert len(worker.events(event="ran")) == ran
@@ -273,7 +255,7 @@ def replay(worker: Bench, message: Message, outcome: object) -> None:
 def test_a_message_that_has_run_is_refused_when_it_comes_again(worker: Bench) -> None:
     """The same message, whole, runs once within the window; another one of the same call runs."""
     replay(worker, make(worker), "hello ada!")
-    assert wait_for(make(worker).send(worker)) == "hello ada!"
+    assert wait_for(make(worker).send(celery_of(worker.client))) == "hello ada!"
 
 
 def test_a_database_remembers_what_has_run(tmp_path: Path) -> None:
@@ -292,7 +274,7 @@ def test_a_worker_that_only_signs_runs_and_tells(tmp_path: Path) -> None:
         for _ in range(2):
             message = make(worker)
             drop_seal(worker, message)
-            assert wait_for(message.send(worker)) == "hello ada!"
+            assert wait_for(message.send(celery_of(worker.client))) == "hello ada!"
         assert worker.worker.output.count("runs though its seal does not hold: missing") == 1
 
 
@@ -355,7 +337,7 @@ def test_no_unsealed_message_leads_to_a_task_that_asks_for_a_seal(lenient: Bench
     name, carry = LAUNDERING[kind]
     options = carry(celery_of(lenient.client).signature(PAY, ("mallory",), task_id=str(uuid4())))
     arguments, headers = options.pop("task_args", ("mallory",)), options.pop("headers", {})
-    message = Message(b"", {})
+    message = Message()
     made = celery_of(lenient.client).amqp.create_task_message(str(uuid4()), name, arguments, {}, **options)
     celery_of(lenient.client).amqp.send_task_message(message, name, made, headers=headers)
     if headers:  # a body that says nothing of them leaves it to the headers
@@ -375,7 +357,7 @@ def test_sealed_messages_lead_to_a_task_that_asks_for_a_seal(lenient: Bench) -> 
     assert len(lenient.events(event="ran", task="pay")) == before + 1
     message = make(lenient)
     drop_seal(lenient, message)
-    assert wait_for(message.send(lenient)) == "hello ada!"
+    assert wait_for(message.send(celery_of(lenient.client))) == "hello ada!"
 
 
 # Processes that come and go

@@ -158,6 +158,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "MASKED_REQUEST",
         "MAX_HEADER_BYTES_SETTING",
         "MAX_MESSAGE_BYTES_SETTING",
+        "OUTAGE_RETRY_GROWTH",
         "PROTECTED_REQUEST",
         "SEAL_HEADER",
         "SEAL_HELD_HEADER",

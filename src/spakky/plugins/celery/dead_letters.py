@@ -144,13 +144,13 @@ class DeadLetters:
         headers.pop("compression", None)
         amqp = self._celery.amqp
         if isinstance(amqp, SealedAmqp):
-            headers[SEAL_HEADER] = amqp.seals.seal(_to_parts(message, headers))
+            headers[SEAL_HEADER] = amqp.seals.seal(SealedParts.of_message(message, headers))
         return headers
 
     def _check_seal(self, message: Any, *, accept_unsealed: bool) -> None:
         amqp = self._celery.amqp
         if isinstance(amqp, SealedAmqp):
-            problem = amqp.seals.check(_to_parts(message, message.headers)).problem
+            problem = amqp.seals.check(SealedParts.of_message(message, message.headers)).problem
             if problem is not None:
                 text = f"its seal does not hold: {problem}"
                 raise _LeftError(text)
@@ -229,14 +229,3 @@ def _is_past(moment: Any) -> bool:
     except (TypeError, ValueError):
         text = f"its eta or expires is no moment: {moment!r}"
         raise _LeftError(text) from None
-
-
-def _to_parts(message: Any, headers: dict[str, Any]) -> SealedParts:
-    body = message.body
-    return SealedParts(
-        headers,
-        message.properties.get("reply_to"),
-        str(message.content_type),
-        str(message.content_encoding),
-        body.encode() if isinstance(body, str) else bytes(body),
-    )

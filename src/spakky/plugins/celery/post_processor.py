@@ -134,6 +134,7 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
         self._catalog = catalog if isinstance(catalog, TaskCatalog) else TaskCatalog()
         self._execution = TaskExecution(application_context, self._catalog, self._ports)
         self._principals = SchedulePrincipals(application_context)
+        self._replays: ReplayMemory | None = None
         if self._is_built_by_container:
             self._prefer_users_celery()
             self._fill_catalog()
@@ -357,7 +358,9 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
         """Merge again when a worker or beat has imported its modules: beat_schedule may have been assigned since."""
         signals.import_modules.connect(self._merge_schedule, sender=self._resolve_celery())
         signals.beat_init.connect(self._merge_into_scheduler)
-        signals.task_postrun.connect(self._note_end)
+        self._replays = ReplayMemory.of(self._resolve_celery())
+        if self._replays is not None:
+            signals.task_postrun.connect(self._note_end)
         signals.task_postrun.connect(release_traceback)
         signals.celeryd_init.connect(check_worker)
         signals.celeryd_init.connect(self._consume_named_queues)
@@ -366,11 +369,8 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
 
     def _note_end(self, sender: Task, state: str | None = None, **_: object) -> None:
         """Remember a message that has run, where none may run twice; what fails here costs the memory alone."""
-        if self._celery is None or sender.app is not self._celery:
-            return
-        memory = ReplayMemory.of(self._celery)
-        if memory is not None:
-            memory.note_end(sender, state)
+        if self._celery is not None and sender.app is self._celery and self._replays is not None:
+            self._replays.note_end(sender, state)
 
     def _check_seals(self, sender: Any, **_: object) -> None:
         """Check the seals of messages, now that the worker has imported every task."""

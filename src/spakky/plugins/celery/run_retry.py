@@ -11,12 +11,11 @@ from typing import Any, Final, NoReturn
 from celery import Task
 from celery.exceptions import Retry
 
-from spakky.plugins.celery.common.constants import SERIALIZER_HEADER
+from spakky.plugins.celery.common.constants import OUTAGE_RETRY_GROWTH, SERIALIZER_HEADER
 from spakky.plugins.celery.common.task_method import TaskMethod
 
 __all__ = ["retry", "send_retry"]
 
-_GROWTH_WITHOUT_POLICY: Final = 3
 _PENDING: Final = "spakky_pending_retry"
 """Attribute of a run's request: what sends its retry."""
 
@@ -51,7 +50,7 @@ def _delay_s(task: Task, method: TaskMethod) -> float:
     policy = method.options.get("retry")
     if policy is not None:
         return policy.delay_s(task.request.retries)
-    return float(task.default_retry_delay * _GROWTH_WITHOUT_POLICY**task.request.retries)
+    return float(task.default_retry_delay * OUTAGE_RETRY_GROWTH**task.request.retries)
 
 
 def _kept(request: Any) -> dict[str, Any]:

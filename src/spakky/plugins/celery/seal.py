@@ -97,6 +97,18 @@ class SealedParts:
     body: bytes
     """As it is encoded, and not compressed."""
 
+    @classmethod
+    def of_message(cls, message: Any, headers: Mapping[str, Any]) -> "SealedParts":
+        """Take them from a message as kombu has received it, with its own headers or those that it is to have."""
+        body = message.body
+        return cls(
+            headers,
+            message.properties.get("reply_to"),
+            str(message.content_type),
+            str(message.content_encoding),
+            body.encode() if isinstance(body, str) else bytes(body),
+        )
+
 
 def find_key_id(sealed: object) -> str | None:
     """Read which key the value of a seal header names, without believing it; None where it has not the form of one."""

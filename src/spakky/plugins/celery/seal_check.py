@@ -89,15 +89,8 @@ class SealCheck:
         return check_then_handle
 
     def _judge(self, message: Any) -> SealVerdict:
-        body, headers = message.body, message.headers or {}
-        parts = SealedParts(
-            headers,
-            message.properties.get("reply_to"),
-            str(message.content_type),
-            str(message.content_encoding),
-            body.encode() if isinstance(body, str) else bytes(body),
-        )
-        verdict = self._amqp.seals.check(parts)
+        headers = message.headers or {}
+        verdict = self._amqp.seals.check(SealedParts.of_message(message, headers))
         if verdict.problem is None and not _NEVER_SENT.isdisjoint(headers):
             return SealVerdict(SealProblem.MISMATCH, verdict.key_id)
         return verdict

@@ -15,6 +15,7 @@ from celery import Celery
 from spakky.core.pod.interfaces.application_context import IApplicationContext
 
 from spakky.plugins.celery.auth import to_auth_metadata
+from spakky.plugins.celery.common.constants import OUTAGE_RETRY_GROWTH
 from spakky.plugins.celery.common.task_method import TaskMethod
 from spakky.plugins.celery.options import RetryPolicy, to_seconds
 
@@ -22,8 +23,6 @@ __all__ = ["read_snapshot", "warn_of_late_dispatch", "warn_of_short_snapshots"]
 
 logger = getLogger(__name__)
 
-_GROWTH: Final = 3
-"""How retries of a task without a policy grow, as ``run_retry`` has it."""
 _MANY: Final = 40
 """So many of them take longer than anybody waits."""
 
@@ -110,7 +109,7 @@ def _retries_s(celery: Celery, method: TaskMethod) -> float:
     task = celery.tasks[method.name]
     if task.max_retries is None or task.max_retries > _MANY:
         return math.inf
-    return float(sum(task.default_retry_delay * _GROWTH**retries for retries in range(task.max_retries)))
+    return float(sum(task.default_retry_delay * OUTAGE_RETRY_GROWTH**retries for retries in range(task.max_retries)))
 
 
 def _to_text(seconds: float) -> str:

@@ -18,6 +18,7 @@ __all__ = [
     "MASKED_REQUEST",
     "MAX_HEADER_BYTES_SETTING",
     "MAX_MESSAGE_BYTES_SETTING",
+    "OUTAGE_RETRY_GROWTH",
     "PROTECTED_REQUEST",
     "SEAL_HEADER",
     "SEAL_HELD_HEADER",
@@ -27,6 +28,9 @@ __all__ = [
     "TASK_NAME_ATTRIBUTE",
     "WORKER_THREADS_SETTING",
 ]
+
+OUTAGE_RETRY_GROWTH: Final = 3
+"""How many times longer each retry of a task without a policy waits than the one before."""
 
 CELERY_TASK_CONTEXT_KEY: Final = "__celery_task__"
 """Context value that is true while a run is under way in this context."""
