@@ -42,8 +42,9 @@ class Bench:
 
 
 def read_events(log: Path) -> list[dict[str, object]]:
-    """Read a probe's log."""
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    """Read a probe's log: what is written whole, for a writer may be at work, or killed."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 @contextmanager

@@ -35,7 +35,8 @@ def record(event: str, **facts: object) -> None:
     path = os.environ.get("PROBE_LOG")
     if path:
         with Path(path).open("a", encoding="utf-8") as log:
-            log.write(json.dumps({"event": event, "pid": os.getpid(), **facts}) + "\n")
+            # A kill may end a write in its middle, between two pages: the next event starts a line of its own.
+            log.write("\n" + json.dumps({"event": event, "pid": os.getpid(), **facts}) + "\n")
 
 
 @dataclass
