@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from collections.abc import Iterator
+from traceback import extract_tb
 from typing import Any, override
 
 import pytest
@@ -28,7 +29,7 @@ from spakky.task import TaskHandler, task
 from spakky.tracing import ITracePropagator, TraceContext
 
 from spakky.plugins.celery.common.constants import CELERY_TASK_CONTEXT_KEY
-from spakky.plugins.celery.error import TaskArgumentsError, TaskAuthorizationDeniedError
+from spakky.plugins.celery.error import InvalidTaskOptionError, TaskArgumentsError, TaskAuthorizationDeniedError
 from spakky.plugins.celery.options import RetryPolicy, task_options
 from support.fixtures import celery_of
 from support.identities import OUTAGE, PROPAGATION, Believing
@@ -114,6 +115,20 @@ class Looks(IApplicationContextAware):
     async def fail(self) -> None:
         await asyncio.sleep(0)
         raise LookupError
+
+    @task
+    def call_wrongly(self) -> None:
+        RetryPolicy(max_retries=-1)
+
+    @task
+    def fail_with_cause(self) -> None:
+        def raise_cause() -> None:
+            raise ValueError
+
+        try:
+            raise_cause()
+        except ValueError as error:
+            raise LookupError from error
 
     @task
     @task_options(retry=RetryPolicy(max_retries=1, backoff=0))
@@ -252,14 +267,27 @@ def test_denials_inside_a_body_keep_their_decision(app: SpakkyApplication) -> No
         run(app, "deny_without_reason")
 
 
-def test_a_traceback_shows_no_steps_of_the_loop(app: SpakkyApplication) -> None:
-    """A failed coroutine shows who called it and where it failed; how it was stepped through is of no interest."""
+def names_in(error: BaseException | None) -> list[str]:
+    return [] if error is None else [entry.name for entry in extract_tb(error.__traceback__)]
+
+
+@pytest.mark.parametrize("name", ["fail", "fail_with_cause"])
+def test_a_traceback_leads_from_celery_to_the_body(app: SpakkyApplication, name: str) -> None:
+    """What this package and Spakky's proxies do between them is of no interest, in the error's causes neither."""
     with pytest.raises(LookupError) as caught:
-        run(app, "fail")
-    names = [entry.name for entry in caught.traceback]
-    assert names[-1] == "fail"
-    assert "run_awaitable" in names
-    assert not {"_run", "_step_through"}.intersection(names)
+        run(app, name)
+    assert names_in(caught.value)[-3:] == ["trace_task", "run", name]
+    if name == "fail_with_cause":
+        assert names_in(caught.value.__cause__) == ["fail_with_cause", "raise_cause"]
+
+
+def test_a_traceback_shows_where_a_call_of_the_body_failed(app: SpakkyApplication) -> None:
+    """Frames of this package stay where the error was raised in them, and the body's before them."""
+    with pytest.raises(InvalidTaskOptionError) as caught:
+        run(app, "call_wrongly")
+    names = names_in(caught.value)
+    assert names[names.index("call_wrongly") - 2 :][:2] == ["trace_task", "run"]
+    assert names[-1] != "call_wrongly"
 
 
 def test_wrong_arguments_do_not_reach_the_body(app: SpakkyApplication) -> None:

@@ -42,6 +42,7 @@ from spakky.plugins.celery.common.task_body import run_awaitable
 from spakky.plugins.celery.common.task_catalog import TaskCatalog
 from spakky.plugins.celery.common.task_loop import TaskLoop
 from spakky.plugins.celery.common.task_method import TaskMethod
+from spakky.plugins.celery.common.tracebacks import hide_host_frames
 from spakky.plugins.celery.delegation import DelegationCheck
 from spakky.plugins.celery.due_snapshots import GraceVerifier
 from spakky.plugins.celery.error import AmbiguousHandlerPodError, TaskAuthorizationDeniedError
@@ -94,6 +95,7 @@ class TaskExecution:
         try:
             return self._run_or_retry(task, method, args, kwargs)
         except Exception as error:
+            hide_host_frames(error)
             travelling = to_travelling_error(error, task.backend)
             if travelling is error:
                 raise

@@ -12,6 +12,7 @@ from spakky.core.pod.annotations.pod import Pod
 from spakky.plugins.celery.aspects.authentication import AuthenticationWatchAspect
 from spakky.plugins.celery.aspects.task_dispatch import AsyncCeleryTaskDispatchAspect, CeleryTaskDispatchAspect
 from spakky.plugins.celery.common.config import CeleryConfig, CelerySealPolicy
+from spakky.plugins.celery.common.constants import REDIS_RESULTS
 from spakky.plugins.celery.common.customizer import CeleryCustomizer
 from spakky.plugins.celery.common.task_catalog import TaskCatalog
 from spakky.plugins.celery.common.task_loop import TaskLoop
@@ -52,6 +53,8 @@ def celery_app(config: CeleryConfig, customizers: tuple[CeleryCustomizer, ...] =
         set_as_current=False,
         **_seal_options(config),
     )
+    if config.redis_batches:
+        celery.loader.override_backends = dict.fromkeys(("redis", "rediss"), REDIS_RESULTS)
     celery.conf.update(config.celery_settings())
     celery.conf[MAX_DELEGATION_DEPTH_SETTING] = config.max_delegation_depth
     celery.conf[AUTHORIZE_CALLERS_SETTING] = config.authorize_callers

@@ -20,6 +20,7 @@ __all__ = [
     "MAX_MESSAGE_BYTES_SETTING",
     "OUTAGE_RETRY_GROWTH",
     "PROTECTED_REQUEST",
+    "REDIS_RESULTS",
     "SEAL_HEADER",
     "SEAL_HELD_HEADER",
     "SEAL_REQUIRED_ATTRIBUTE",
@@ -76,6 +77,9 @@ PROTECTED_REQUEST: Final = "spakky.plugins.celery.worker.protected_request:Prote
 
 GUARDED_CONSUMER: Final = "spakky.plugins.celery.worker.guarded_consumer:GuardedConsumer"
 """What takes a worker's messages, as Celery's ``worker_consumer`` setting takes it."""
+
+REDIS_RESULTS: Final = "spakky.plugins.celery.transport.redis_results:RedisResults"
+"""The result back end in place of Celery's for Redis, as ``override_backends`` of a Celery loader takes it."""
 
 MAX_MESSAGE_BYTES_SETTING: Final = "spakky_max_message_bytes"
 """Celery setting: largest body that a worker reads; None for no limit."""

@@ -16,9 +16,17 @@ class JobThreads:
     Daemon threads, unlike those of an executor: a worker that is told to give up its tasks does not wait for them.
     """
 
-    def __init__(self, name: str, count: int = 1) -> None:
-        """Start the threads."""
+    def __init__(self, name: str, count: int = 1, when_idle: Callable[[], bool] | None = None) -> None:
+        """Start the threads.
+
+        Args:
+            name: What the threads' names begin with.
+            count: How many there are.
+            when_idle: Called by a thread that has no job to do, also before it ends. Returns whether there may be jobs
+                again. Raises nothing.
+        """
         self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._when_idle = when_idle
         self._busy = 0
         self._threads = [threading.Thread(target=self._work, name=f"{name}-{n}", daemon=True) for n in range(count)]
         for thread in self._threads:
@@ -44,7 +52,7 @@ class JobThreads:
             thread.join()
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._next()) is not None:
             self._busy += 1
             try:
                 job()
@@ -53,3 +61,19 @@ class JobThreads:
             finally:
                 self._busy -= 1
             del job  # not kept until the next one comes
+
+    def _next(self) -> Callable[[], object] | None:
+        if self._when_idle is None:
+            return self._jobs.get()
+        if self._jobs.empty():
+            self._do_when_idle()
+        while (job := self._jobs.get()) is None and self._do_when_idle():
+            self._jobs.put(None)
+        return job
+
+    def _do_when_idle(self) -> bool:
+        self._busy += 1
+        try:
+            return self._when_idle is not None and self._when_idle()
+        finally:
+            self._busy -= 1

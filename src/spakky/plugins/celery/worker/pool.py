@@ -26,6 +26,7 @@ from spakky.plugins.celery.common.constants import (
     WORKER_THREADS_SETTING,
 )
 from spakky.plugins.celery.common.run_key import RUN_KEY, key_by_run
+from spakky.plugins.celery.common.shared_round_trips import SHARE, AddCommands, execute_alone
 from spakky.plugins.celery.common.task_body import SUSPEND, TaskBody, install_task_factory, run_awaitable
 from spakky.plugins.celery.common.task_loop import TaskLoop
 from spakky.plugins.celery.error import UnsupportedWorkerOptionError
@@ -33,6 +34,7 @@ from spakky.plugins.celery.worker.cold_shutdown import defer_cold_shutdown
 from spakky.plugins.celery.worker.hub_calls import HubCalls
 from spakky.plugins.celery.worker.job_threads import JobThreads
 from spakky.plugins.celery.worker.loop_watch import LoopWatch
+from spakky.plugins.celery.worker.round_trips import RoundTrips
 from spakky.plugins.celery.worker.turns import Turns
 
 __all__ = ["AsyncioPool"]
@@ -95,7 +97,7 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
             raise UnsupportedWorkerOptionError(variable, os.environ.get(variable, ""), _FAST_LOCALS)
         for task in self.app.tasks.values():
             _await_coroutine(task, self)
-        tracers = [JobThreads(f"spakky-celery-tracer-{number}") for number in range(_TRACERS)]
+        tracers = [_Tracer(number) for number in range(_TRACERS)]
         self._tracers = {tracer: partial(self._start_next, tracer) for tracer in tracers}
         threads = self.app.conf.get(WORKER_THREADS_SETTING) or _DEFAULT_THREADS
         self._threads = JobThreads("spakky-celery-sync", threads)
@@ -212,7 +214,7 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
         for tracer in self._tracers if idle is None else (idle,):
             tracer.put(self._tracers[tracer])
 
-    def _start_next(self, tracer: JobThreads) -> None:
+    def _start_next(self, tracer: "_Tracer") -> None:
         with self._admission:
             if not self._waiting or self._on_loop >= self.limit:
                 return
@@ -318,7 +320,7 @@ class _Run:
         if (self._soft_timeout or self._timeout) and task is not None:
             logger.warning("Task %r has a time limit, and a sync task on a thread cannot be interrupted", task.name)
 
-    def start(self, tracer: JobThreads) -> None:
+    def start(self, tracer: "_Tracer") -> None:
         """Begin the tracer of an ``async def`` task in a thread, the current one, that goes on when its body ended."""
         self._tracer = tracer
         self._greenlet = greenlet(self._trace_in_greenlet)
@@ -328,6 +330,7 @@ class _Run:
     def _trace_in_greenlet(self) -> None:
         RUN_KEY.set(self)
         SUSPEND.set(self._suspend)
+        SHARE.set(self._execute)
         try:
             self.trace()
         finally:
@@ -389,6 +392,24 @@ class _Run:
         if self._is_dropped:
             raise _DroppedError
 
+    def _execute(self, client: Any, add: AddCommands) -> list[Any]:
+        """Leave the greenlet until the answers are there."""
+        current: Any = getcurrent()
+        if current is not self._greenlet:
+            return execute_alone(client, add)  # in the body, or in what it has started
+        answers: list[Any] = []
+
+        def resume(found: list[Any]) -> None:
+            answers.extend(found)
+            self._tracer.put(current.switch)
+
+        self._tracer.round_trips.add(client, add, resume)
+        current.parent.switch()
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
+
     def _begin_body(self, body: TaskBody) -> None:
         loop = self._pool.loop
         body.begin(loop, self._end_body)
@@ -425,6 +446,14 @@ class _Run:
 
     def _report_timeout(self, is_soft: bool, timeout: float | None) -> None:
         self._pool.tell(self._timeout_callback, is_soft, timeout)
+
+
+class _Tracer(JobThreads):
+    """A thread whose greenlets trace ``async def`` tasks."""
+
+    def __init__(self, number: int) -> None:
+        self.round_trips = RoundTrips()
+        super().__init__(f"spakky-celery-tracer-{number}", when_idle=self.round_trips.send)
 
 
 class _DroppedError(BaseException):
