@@ -122,17 +122,36 @@ MISSHAPEN: dict[str, tuple[Callable[[], Hostile], str]] = {
     "a body that is a number": (lambda: Hostile(body=b"5"), "TypeError"),
     "arguments that are a mapping": (lambda: Hostile(body=b"[{}, {}, {}]"), "its body is not of arguments"),
     "callbacks that are a list": (lambda: Hostile(body=b"[[], {}, []]"), "its body is not of arguments"),
-    "a callback that is a number": (lambda: Hostile(body=make_body(callbacks=[5])), "its callbacks are no calls"),
-    "an errback that is a number": (lambda: Hostile(body=make_body(errbacks=[5])), "its errbacks are no calls"),
-    "a chain of numbers": (lambda: Hostile(body=make_body(chain=[5])), "its chain are no calls"),
+    "a callback that is a number": (
+        lambda: Hostile(body=make_body(callbacks=[5])),
+        "its callbacks is no list",
+    ),
+    "an errback that is a number": (lambda: Hostile(body=make_body(errbacks=[5])), "its errbacks is no list of calls"),
+    "a chain of numbers": (lambda: Hostile(body=make_body(chain=[5])), "its chain is no list of calls"),
     "a chain with options of its own kind": (
         lambda: Hostile(body=make_body(chain=[{"task": GREET, "options": ["a"]}])),
-        "its chain are no calls",
+        "its chain is no list of calls",
     ),
     "a chain with an id that is a list": (
         lambda: Hostile(body=make_body(chain=[{"task": GREET, "options": {"task_id": ["a"]}}])),
-        "its chain are no calls",
+        "its chain is no list of calls",
     ),
+    "a chain in the headers that is a text": (lambda: changed(chain="text"), "its chain is no list of calls"),
+    "a chain with a chord whose body is a text": (
+        lambda: Hostile(
+            body=make_body(chain=[{"task": GREET, "options": {}, "subtask_type": "chord", "kwargs": {"body": "text"}}])
+        ),
+        "its chain is no list of calls",
+    ),
+    "a chain with a chord of its own that is a text": (
+        lambda: Hostile(body=make_body(chain=[{"task": GREET, "options": {"task_id": "one", "chord": "text"}}])),
+        "its chain is no list of calls",
+    ),
+    "limits in the body that are a text": (
+        lambda: Hostile(body=make_body(timelimit="text")),
+        "its timelimit is no pair",
+    ),
+    "an id in the body that is a list": (lambda: Hostile(body=make_body(id=["text"])), "its id is no printable text"),
     "a chord that is a number": (lambda: Hostile(body=make_body(chord=5)), "its chord is no call"),
     "a body that is no JSON": (lambda: Hostile(body=b"{" + CANARY.encode()), "DecodeError"),
     "a body that is no UTF-8": (lambda: Hostile(body=b"\xff\xfe" + CANARY.encode()), "DecodeError"),

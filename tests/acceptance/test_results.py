@@ -1,20 +1,26 @@
 """Result handles over tasks of real workers: state, progress, errors, revocation, and what cannot be waited for."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+import redis
+from celery import Celery
 from celery.exceptions import TaskRevokedError
 
 from spakky.plugins.celery.common.progress import Progress
 from spakky.plugins.celery.common.task_result import CeleryTaskResult, TaskState
 from spakky.plugins.celery.dispatch import TaskDispatcher
 from spakky.plugins.celery.error import RemoteTaskError, TaskResultUnavailableError, TaskResultWaitInRunError
+from support.brokers import redis_broker
 from support.fixtures import Bench, bench, celery_of
 from support.processes import wait_until
 from support.results_app import DeclinedError, Results, create_app
+from support.servers import CuttableProxy, cuttable_proxy
 
 pytestmark = pytest.mark.slow
 
@@ -171,3 +177,57 @@ def test_waiting_in_a_run(worker: Bench) -> None:
     with pytest.raises(TaskResultWaitInRunError, match="get_async"):
         send(worker, "get_in_run").get(timeout=TIMEOUT_S)
     assert send(worker, "get_async_in_run").get(timeout=TIMEOUT_S) == "done"
+
+
+def test_the_collector_passes_over_what_lasts(worker: Bench) -> None:
+    """In the process of a worker that is ready; a prefork child starts its application later."""
+    assert bool(send(worker, "count_frozen").get(timeout=TIMEOUT_S)) == (pool_of(worker) != "prefork")
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Bench, CuttableProxy]]:
+    """A worker whose results go to Redis through a proxy, and what that passes on."""
+    place = urlsplit(redis_broker().broker_url)
+    host, port = place.hostname or "127.0.0.1", place.port or 6379
+    folder = tmp_path_factory.mktemp("slow")
+    with cuttable_proxy(host, port) as proxy:
+        through = place._replace(netloc=place.netloc.replace(f"{host}:{port}", f"127.0.0.1:{proxy.port}")).geturl()
+        environment = {"SPAKKY_CELERY__RESULT_BACKEND": through}
+        with bench(
+            "redis", folder, "asyncio", target=TARGET, factory=create_app, concurrency=50, **environment
+        ) as worker:
+            yield worker, proxy
+
+
+def test_runs_that_end_together_share_round_trips(slow: tuple[Bench, CuttableProxy]) -> None:
+    """Forty results are stored with fewer requests than there are results, while Redis takes its time."""
+    worker, proxy = slow
+    results = [send(worker, "ask_back_end") for _ in range(3)]
+    assert [result.get(timeout=TIMEOUT_S) for result in results] == ["PENDING"] * 3
+    proxy.delay_s = 0.1
+    with redis.Redis.from_url(redis_broker().broker_url) as direct:
+        ids = [send(worker, "describe_async").task_id for _ in range(40)]
+        keys = [f"celery-task-meta-{task_id}" for task_id in ids]
+        wait_until(lambda: all(direct.mget(keys)), TIMEOUT_S, lambda: worker.worker.output)
+        assert {json.loads(value)["status"] for value in direct.mget(keys)} == {"SUCCESS"}
+    proxy.delay_s = 0
+    stores = [request for request in proxy.requests if b"PUBLISH" in request]
+    assert sum(request.count(b"PUBLISH") for request in stores) >= len(ids)
+    assert len(stores) < len(ids) / 2
+
+
+def test_a_server_of_results_that_was_away(slow: tuple[Bench, CuttableProxy]) -> None:
+    """Runs whose results cannot be stored end all the same, and those of later ones are stored."""
+    worker, proxy = slow
+    sender = Celery("sender", broker=worker.broker.broker_url, set_as_current=False)
+    options = {"queue": worker.broker.app_name, "argsrepr": "", "kwargsrepr": ""}
+    with redis.Redis.from_url(worker.broker.broker_url) as direct:
+        proxy.cut()
+        for _ in range(3):
+            sender.send_task(f"{TASK}.describe_async", **options)
+        wait_until(lambda: worker.worker.output.count("Connection refused") >= 3, TIMEOUT_S)
+        proxy.mend()
+        later = sender.send_task(f"{TASK}.describe_async", **options)
+        key = f"celery-task-meta-{later.id}"
+        wait_until(lambda: bool(direct.exists(key)), TIMEOUT_S, lambda: worker.worker.output)
+    assert worker.worker.popen.poll() is None

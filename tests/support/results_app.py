@@ -1,11 +1,13 @@
 """An application whose tasks report progress and fail in every way in which an error can travel."""
 
 import asyncio
+import gc
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from celery import current_task
 from celery.exceptions import Reject
 from spakky.core.application.application import SpakkyApplication
 from spakky.task import TaskHandler, task
@@ -49,6 +51,16 @@ class Results:
 
     def __init__(self, tasks: TaskDispatcher) -> None:
         self._tasks = tasks
+
+    @task
+    async def ask_back_end(self) -> str:
+        """Ask for a result in a body, on the loop's thread."""
+        await asyncio.sleep(0)
+        return current_task.AsyncResult(current_task.request.id).state
+
+    @task
+    def count_frozen(self) -> int:
+        return gc.get_freeze_count()
 
     @task
     def work(self, steps: int) -> str:

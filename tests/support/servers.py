@@ -3,7 +3,7 @@
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 
@@ -58,6 +58,10 @@ class CuttableProxy:
     """A server that passes everything on to another one, until it is cut off."""
 
     def __init__(self, host: str, port: int) -> None:
+        self.delay_s = 0.0
+        """How long it keeps each request back."""
+        self.requests: list[bytes] = []
+        """What it has passed on since somebody set a delay."""
         self._target = (host, port)
         self._sockets: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -88,13 +92,22 @@ class CuttableProxy:
                 client, _ = listener.accept()
                 server = socket.create_connection(self._target)
                 self._sockets += (client, server)
-                for pair in ((client, server), (server, client)):
-                    threading.Thread(target=self._pump, args=pair, daemon=True).start()
+                for pump, *pair in ((self._ask, client, server), (self._pump, server, client)):
+                    threading.Thread(target=pump, args=pair, daemon=True).start()
+
+    def _ask(self, client: socket.socket, server: socket.socket) -> None:
+        self._pump(client, server, self._keep_back)
+
+    def _keep_back(self, request: bytes) -> None:
+        if self.delay_s:
+            self.requests.append(request)
+            time.sleep(self.delay_s)
 
     @staticmethod
-    def _pump(source: socket.socket, target: socket.socket) -> None:
+    def _pump(source: socket.socket, target: socket.socket, see: Callable[[bytes], object] = bool) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
+                see(data)
                 target.sendall(data)
         with suppress(OSError):
             target.shutdown(socket.SHUT_RDWR)

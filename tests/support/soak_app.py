@@ -1,6 +1,7 @@
 """An application with every way for a task to end, for long runs under load."""
 
 import asyncio
+import logging
 import threading
 
 from celery import current_task
@@ -53,4 +54,6 @@ class Load:
 
 
 def create_app() -> SpakkyApplication:
+    for name in ("celery.worker.strategy", "celery.app.trace"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # as whoever runs 500 tasks a second has it
     return build(Load)

@@ -125,6 +125,9 @@ def _run_worker(application: SpakkyApplication, options: list[str]) -> int:
         return _run_celery(celery, ["worker", *options])
     if _PREFORK in pool:
         click.echo(_STARTED_BEFORE_FORK, err=True)
+    from spakky.plugins.celery.worker.lasting_objects import freeze_when_ready  # noqa: PLC0415  # the same
+
+    freeze_when_ready()
     if not context.is_started:
         application.start()
     try:

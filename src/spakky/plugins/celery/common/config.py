@@ -317,8 +317,9 @@ class CeleryConfig(BaseSettings):
 
     redis_batches: bool = True
     """Take and acknowledge messages of a ``redis`` or ``rediss`` broker by the batch, with this package's transport;
-    a worker that is killed then loses none. False: with kombu's own, one by one. Both can share a queue. Needs Redis
-    6.2. Celery: the scheme of ``broker_url``."""
+    a worker that is killed then loses none. Store results in such a back end by the batch, too, in an ``AsyncioPool``.
+    False: with kombu's and Celery's own, one by one. Both can share a queue. Needs Redis 6.2. Celery: the scheme of
+    ``broker_url``, and ``override_backends`` of the app's loader."""
 
     broker_transport_options: _TransportOptions = {}
     """Options of the broker's transport, by their kombu names; they win over those that other settings produce. In the

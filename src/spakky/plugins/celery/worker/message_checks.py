@@ -53,15 +53,17 @@ def find_message_problem(message: Any, limits: SizeLimits) -> Problem | None:
 
 def find_request_problem(request: Any) -> Problem | None:
     """Look at what Celery has made of a message, whichever protocol it was in, before it goes to the pool."""
-    fields = request.request_dict
-    problem = find_name_problem(fields)
-    if problem is not None:
-        return problem
-    for name, (fits, expected) in _FIELDS.items():
-        value = fields.get(name)
-        if value is not None and not fits(value):
-            return Problem(f"its {name} is {expected}")
-    return _find_payload_problem(request)
+    payload = (
+        request.message.payload if isinstance(request.body, str | bytes | bytearray | memoryview) else request.body
+    )
+    args, kwargs, embed = payload
+    if not isinstance(args, list | tuple) or not isinstance(kwargs, dict) or not isinstance(embed, dict | None):
+        return Problem("its body is not of arguments, keyword arguments and callbacks")
+    if not all(isinstance(name, str) for name in embed or {}):
+        return Problem("its body is not of arguments, keyword arguments and callbacks")
+    if _is_deep(request.message.body, payload):
+        return Problem(f"its body is nested deeper than {_DEEPEST}")
+    return _find_field_problem({**request.request_dict, **(embed or {})})  # as Celery lays one over the other
 
 
 def _measure(headers: dict[str, Any], limit: int | None) -> int:
@@ -97,21 +99,15 @@ def find_name_problem(fields: Mapping[str, Any]) -> Problem | None:
     return None
 
 
-def _find_payload_problem(request: Any) -> Problem | None:
-    payload = (
-        request.message.payload if isinstance(request.body, str | bytes | bytearray | memoryview) else request.body
-    )
-    args, kwargs, embed = payload
-    if not isinstance(args, list | tuple) or not isinstance(kwargs, dict) or not isinstance(embed, dict | None):
-        return Problem("its body is not of arguments, keyword arguments and callbacks")
-    for name in ("callbacks", "errbacks", "chain"):
-        calls = (embed or {}).get(name)
-        if calls is not None and not (isinstance(calls, list | tuple) and all(map(_is_call, calls))):
-            return Problem(f"its {name} are no calls")
-    chord = (embed or {}).get("chord")
-    if chord is not None and not _is_call(chord):
-        return Problem("its chord is no call")
-    return Problem(f"its body is nested deeper than {_DEEPEST}") if _is_deep(request.message.body, payload) else None
+def _find_field_problem(fields: Mapping[str, Any]) -> Problem | None:
+    problem = find_name_problem(fields)
+    if problem is not None:
+        return problem
+    for name, (fits, expected) in _FIELDS.items():
+        value = fields.get(name)
+        if value is not None and not fits(value):
+            return Problem(f"its {name} is {expected}")
+    return None
 
 
 def _is_deep(body: object, payload: object) -> bool:
@@ -164,19 +160,33 @@ def _is_mapping(value: object) -> bool:
     return isinstance(value, dict)
 
 
+def _are_calls(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_call, value))
+
+
 def _is_call(value: object) -> bool:
     """Whether Celery can make a signature of it, and account for its result when the task before it fails."""
     if not isinstance(value, dict) or not isinstance(value.get("task"), str):
         return False
-    options = value.get("options", {})
-    if not isinstance(options, dict) or not is_name(options.get("task_id") or "none"):
+    options, kwargs = value.get("options", {}), value.get("kwargs")
+    if not isinstance(options, dict) or not all(map(_is_optional_name, _names_in(options))):
         return False
-    return isinstance(value.get("args"), list | tuple | None) and isinstance(value.get("kwargs"), dict | None)
+    if not isinstance(value.get("args"), list | tuple | None) or not isinstance(kwargs, dict | None):
+        return False
+    inner = [options.get("chord")]
+    if value.get("subtask_type") == "chord" and kwargs:
+        inner.append(kwargs.get("body"))
+    return all(call is None or _is_call(call) for call in inner)
+
+
+def _names_in(options: Mapping[str, object]) -> Iterable[object]:
+    return (options.get(name) or "" for name in ("task_id", "group_id", "reply_to"))
 
 
 _NO_NAME: Final = (_is_optional_name, f"no printable text of {_LONGEST_ID} characters or fewer")
 _NO_TEXT: Final = (_is_text, "no text")
 _NO_COUNT: Final = (_is_count, "no whole number of 0 or more")
+_NO_CALLS: Final = (_are_calls, "no list of calls")
 
 _FIELDS: Final[dict[str, tuple[Callable[[object], bool], str]]] = {
     "root_id": _NO_NAME,
@@ -196,4 +206,8 @@ _FIELDS: Final[dict[str, tuple[Callable[[object], bool], str]]] = {
     "stamped_headers": (_are_texts, "no list of texts"),
     "stamps": (_is_mapping, "no mapping"),
     "delivery_info": (_is_mapping, "no mapping"),
+    "callbacks": _NO_CALLS,
+    "errbacks": _NO_CALLS,
+    "chain": _NO_CALLS,
+    "chord": (_is_call, "no call"),
 }
