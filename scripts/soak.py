@@ -26,6 +26,7 @@ from spakky.plugins.celery.dispatch import TaskDispatcher
 from support.fixtures import bench, celery_of
 from support.soak_app import Load, create_app
 
+CONCURRENCY = 1000
 WARM_UP_SHARE = 0.1
 MOST_GROWTH = 1.05
 SETTLE_S = 60
@@ -109,7 +110,12 @@ def soak(folder: Path, broker: str, seconds: float, rate: float) -> int:
         **FEW_THREADS,
         **FEW_REVOKED,
     }
-    options = {"target": "support.soak_app:create_app", "factory": create_app, "concurrency": 1000, **environment}
+    options = {
+        "target": "support.soak_app:create_app",
+        "factory": create_app,
+        "concurrency": CONCURRENCY,
+        **environment,
+    }
     with bench(broker, folder, "asyncio", **options) as started:  # type: ignore[arg-type]
         celery = celery_of(started.client)
         before = started.get(TaskDispatcher).dispatch(started.get(Load).count).get()
@@ -121,9 +127,14 @@ def soak(folder: Path, broker: str, seconds: float, rate: float) -> int:
 
 
 def load(started: Any, seconds: float, rate: float) -> tuple[Account, list[Sample]]:
-    """Dispatch at a steady rate, and look at the worker once a second."""
+    """Dispatch at a steady rate, and look at the worker once a second.
+
+    First as many as may run at a time: what a worker needs for those it keeps, and a moment's backlog must be no leak.
+    """
     account, samples = Account(), []
     celery = celery_of(started.client)
+    for number in range(CONCURRENCY):
+        account.note("hold", dispatch(started, "hold", number))
     begin = time.monotonic()
     next_sample = begin
     number = 0

@@ -15,8 +15,10 @@ from typing import Any
 from uuid import uuid4
 
 import amqp
+import brotli
 import pytest
 from celery.exceptions import NotRegistered
+from kombu.compression import get_encoder
 
 from spakky.plugins.celery.error import TaskMessageRefusedError
 from support.auth_app import ENVIRONMENT, create_app, wait_for
@@ -187,6 +189,8 @@ OVERSIZED: dict[str, tuple[Callable[[], Hostile], int]] = {
     "a body when it is not compressed any more": (lambda: compressed(zlib.compress, "application/x-gzip"), MOST_BODY),
     "the same with bz2": (lambda: compressed(bz2.compress, "application/x-bz2"), MOST_BODY),
     "the same with lzma": (lambda: compressed(lzma.compress, "application/x-lzma"), MOST_BODY),
+    "the same with zstd": (lambda: compressed(get_encoder("zstd")[0], "application/zstd"), MOST_BODY),
+    "the same with brotli": (lambda: compressed(brotli.compress, "application/x-brotli"), MOST_BODY),
 }
 
 
@@ -202,7 +206,8 @@ def test_an_oversized_message_is_refused(worker: Bench, kind: str) -> None:
 def test_what_is_just_not_too_large_runs(worker: Bench) -> None:
     """The limits refuse nothing below them, compressed bodies neither."""
     name = "a" * (MOST_BODY - 200)
-    for options in ({}, {"compression": "gzip"}, {"compression": "bzip2"}, {"compression": "lzma"}):
+    compressions: list[dict[str, str]] = [{"compression": name} for name in ("gzip", "bzip2", "lzma", "zstd", "brotli")]
+    for options in ({}, *compressions):
         result = celery_of(worker.client).send_task(GREET, [name], argsrepr="", headers={"h": "a" * 2000}, **options)
         assert wait_for(result) == f"hello {name}!"
 

@@ -66,7 +66,7 @@ def make(worker: Bench, name: str = GREET, identity: Any = ADMIN, **options: Any
     made = celery.amqp.create_task_message(str(uuid4()), name, ["ada"], {}, **options)
     headers: dict[str, str] = {}
     with acting_as(worker.client, identity):
-        worker.get(TaskDispatcher).sender._inject_identity(
+        worker.get(TaskDispatcher).sender.caller._inject_identity(
             next(m for m in worker.get(TaskDispatcher).sender.catalog or () if m.name == GREET),
             headers,
             worker.client.application_context,

@@ -98,6 +98,20 @@ def test_sigquit_cancels_tasks_and_gives_them_back(kind: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["redis", "amqp"])
+def test_sigquit_lets_acknowledged_tasks_clean_up(kind: str, tmp_path: Path) -> None:
+    """Those that nobody will run again are cancelled as well, and given time."""
+    with (
+        scene(kind, tmp_path, SPAKKY_CELERY__DELIVERY="at_most_once") as found,
+        client_of(found.broker, found.log) as client,
+    ):
+        asyncio.run(dispatch(client.container.get(Calls), 3600))
+        found.wait_for("started", TAGS)
+        assert found.worker.stop(signal.SIGQUIT) == 0
+        assert found.tags("cleaned up") == sorted(TAGS)
+        assert found.tags("ended") == []
+
+
+@pytest.mark.parametrize("kind", ["redis", "amqp"])
 def test_sigquit_ends_a_warm_shutdown_and_leaves_threads_behind(kind: str, tmp_path: Path) -> None:
     """A worker that waits for its tasks gives them up when it is told to, also a sync task on a thread."""
     with scene(kind, tmp_path) as found, client_of(found.broker, found.log) as client:

@@ -4,6 +4,7 @@ import json
 import subprocess
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from spakky.plugins.cryptography import CryptographyAuthProvider, CryptographyAu
 
 from spakky.plugins.celery.common.constants import SEAL_HEADER, SEAL_HELD_HEADER
 from spakky.plugins.celery.common.dead_letter import DEAD_QUEUE_HEADER, DEAD_REASON_HEADER, DEAD_SINCE_HEADER
+from spakky.plugins.celery.dead_letters import DeadLetters
 from spakky.plugins.celery.error import TaskAuthorizationDeniedError
+from spakky.plugins.celery.instrumentation.auth_log import AUDIT_LOGGER
 from support.auth_app import ADMIN, ENVIRONMENT, create_app_without_outages, wait_for
 from support.fixtures import Bench, bench, celery_of
 from support.messages import Recorded, record_message, taken_from
@@ -117,7 +120,7 @@ def dead_queue(worker: Bench) -> str:
     return f"{worker.broker.app_name}.dead"
 
 
-def spakky_celery(worker: Bench, *arguments: str) -> tuple[int, str]:
+def spakky_celery(worker: Bench, *arguments: str, environment: dict[str, str] = ENVIRONMENT_SIGNING) -> tuple[int, str]:
     """Run the command as a user does; its exit code, and what it says."""
     command, *options = arguments
     done = subprocess.run(
@@ -126,7 +129,7 @@ def spakky_celery(worker: Bench, *arguments: str) -> tuple[int, str]:
         text=True,
         timeout=120,
         check=False,
-        env=make_environment({**worker.broker.environment, **ENVIRONMENT_SIGNING}),
+        env=make_environment({**worker.broker.environment, **environment}),
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -199,6 +202,23 @@ def test_dead_letters_are_listed_and_authorized_again(empty: Bench) -> None:
     assert "Dead letters: 0" in spakky_celery(empty, "dead-letters")[1]
 
 
+def test_authorizing_again_is_one_more_hop_and_a_record(empty: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """The application hands the identity on once more, at both ends of the message."""
+    _, result = make_dead(empty)
+    chain = [empty.broker.app_name]
+    with caplog.at_level("INFO", logger=AUDIT_LOGGER):
+        found = DeadLetters(celery_of(empty.client), chain).reauthorize(empty.client.application_context, None)
+    assert [letter.problem for letter in found] == [""]
+    recorded: list[Any] = [record for record in caplog.records if record.name == AUDIT_LOGGER]
+    assert [(record.side, record.reason_code, record.task_id, record.subject) for record in recorded] == [
+        ("caller", "REAUTHORIZED", result.id, "ada")
+    ]
+    assert [record.delegation_chain for record in recorded] == [tuple(chain)]
+    wait_for_success(empty, result.id)
+    allowed = [line for line in empty.worker.output.splitlines() if "ALLOW AUTHORIZED" in line and result.id in line]
+    assert [f"chain {chain!r}" in line for line in allowed] == [True]
+
+
 def test_a_dead_letter_that_was_changed_is_left(empty: Bench) -> None:
     """Neither its seal, nor its snapshot, nor its own expiry may be over or wrong; it stays where it is."""
     changes: dict[str, Callable[[Any], object]] = {
@@ -256,3 +276,19 @@ def test_other_refusals_are_no_dead_letters(empty: Bench) -> None:
     assert wait_for(send(empty, make(empty, LOOK, minutes_ago=70)))["subject"] is None
     assert wait_for(record_message(celery, LOOK, {}).send(celery))["subject"] is None
     assert taken_from(empty.broker.broker_url, dead_queue(empty)) == []
+
+
+def test_dead_letters_of_an_application_that_seals_nothing(tmp_path: Path) -> None:
+    """They are left where they are, until somebody says that they may be believed."""
+    options = {"target": TARGET, "factory": create_app_without_outages, "concurrency": 1}
+    with bench("redis", tmp_path, "asyncio", **options, **ENVIRONMENT) as worker:  # type: ignore[arg-type]
+        try:
+            _, result = make_dead(worker)
+            code, said = spakky_celery(worker, "reauthorize", "--all", environment=ENVIRONMENT)
+            assert (code, "this application seals nothing" in said) == (1, True)
+            assert "Dead letters: 1" in spakky_celery(worker, "dead-letters", environment=ENVIRONMENT)[1]
+            code, said = spakky_celery(worker, "reauthorize", "--all", "--unsealed", environment=ENVIRONMENT)
+            assert code == 0, said
+            assert wait_for_success(worker, result.id)["subject"] == "ada"
+        finally:
+            drop(worker)

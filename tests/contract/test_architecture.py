@@ -23,6 +23,7 @@ SENDING = {
     "aspects.transactions",
     "batch",
     "broker_link",
+    "caller_headers",
     "canvas",
     "composing",
     "configured_task",
@@ -35,6 +36,7 @@ SENDING = {
     "prepared_dispatch",
     "producer_connections",
     "publisher",
+    "task_sender",
 }
 RUNNING = {
     "execution",
@@ -59,6 +61,8 @@ WORKER_LIFE = {
     "worker.protected_request",
     "worker.pool",
     "worker.job_threads",
+    "worker.lasting_objects",
+    "worker.round_trips",
     "worker.turns",
 }
 VALUES = {
@@ -83,11 +87,13 @@ VALUES = {
     "common.result_waiter",
     "common.run_key",
     "common.run_state",
+    "common.shared_round_trips",
     "common.task_body",
     "common.task_catalog",
     "common.task_loop",
     "common.task_method",
     "common.task_result",
+    "common.tracebacks",
     "common.wire_schema",
     "delegation",
     "error",
@@ -99,7 +105,7 @@ VALUES = {
 BOTH_ENDS = {"audit", "auth", "caller_identity", "due_snapshots", "sealed_amqp", "snapshot_horizon"}
 OBSERVATION = {"instrumentation", "instrumentation.auth_decisions"}
 BACK_ENDS = {"instrumentation.auth_log"}
-TRANSPORTS = {"transport", "transport.redis"}
+TRANSPORTS = {"transport", "transport.redis", "transport.redis_results"}
 COMPOSITION = {"", "cli", "main"}
 TESTING = {
     "testing",

@@ -36,6 +36,7 @@ from spakky.plugins.celery.common.constants import CELERY_TASK_CONTEXT_KEY
 from spakky.plugins.celery.common.run_state import is_running
 from spakky.plugins.celery.dispatch import TaskDispatcher
 from spakky.plugins.celery.error import AmbiguousCallerIdentityError, TaskCallerUnauthenticatedError
+from spakky.plugins.celery.instrumentation.auth_decisions import AuthDecisionRecord, IAuthDecisionObserver
 from support.auth_app import ENVIRONMENT, Observer, Open, Vault, create_app
 from support.messages import taken_from
 
@@ -44,6 +45,18 @@ SERVICE = AuthContext(subject=AuthSubject(id="service"), issuer="issuer:tests")
 
 def user(number: int) -> AuthContext:
     return AuthContext(subject=AuthSubject(id=f"user {number}"), issuer="issuer:tests", roles=("role:admin",))
+
+
+@Pod()
+class Decisions(IAuthDecisionObserver):
+    """Keeps what was decided."""
+
+    def __init__(self) -> None:
+        self.records: list[AuthDecisionRecord] = []
+
+    @override
+    def observe(self, record: AuthDecisionRecord) -> None:
+        self.records.append(record)
 
 
 @Pod()
@@ -61,6 +74,7 @@ def app(monkeypatch: pytest.MonkeyPatch) -> Iterator[SpakkyApplication]:
         monkeypatch.setenv(name, value)
     application = create_app()
     application.add(Authenticator)
+    application.add(Decisions)
     application.add(ActingAs)
     application.start()
     yield application
@@ -160,17 +174,22 @@ async def test_requests_that_share_their_values_are_refused(
         await barrier.wait()
         await send(way, tasks, app, str(number))
 
+    observed = app.container.get(Decisions).records
     errors = await serve(context, 5, request)
     assert [type(error) for error in errors] == [AmbiguousCallerIdentityError] * 5
     assert "act_as()" in str(errors[0])
     assert signed() == {}
+    assert {(record.side, record.state.value, record.reason_code, record.subject) for record in observed} == {
+        ("caller", "ERROR", "CALLER_AMBIGUOUS", None)
+    }
+    assert len(observed) == 5
 
 
 async def test_protected_tasks_are_refused_before_anybody_is_asked(
     app: SpakkyApplication, context: IApplicationContext, tasks: TaskDispatcher
 ) -> None:
     """A caller is not authorized by an identity that may be another's, without propagation either."""
-    tasks.sender.propagation_config = AuthSnapshotPropagationConfig().model_copy(update={"enabled": False})
+    tasks.sender.caller.propagation_config = AuthSnapshotPropagationConfig().model_copy(update={"enabled": False})
 
     async def request(number: int, barrier: asyncio.Barrier) -> None:
         if number == 0:

@@ -436,7 +436,7 @@ def test_headers_too_large_for_a_frame(start: Callable[..., Caller], how: str, s
     """On AMQP it is an error at the call site with size and limit; nothing is sent, and the next dispatch works."""
     caller = start(real_url("amqp"))
     propagator = Inflate()
-    caller.tasks.sender.propagator = propagator
+    caller.tasks.sender.caller.propagator = propagator
     first = caller.dispatch(how, "add", 1)
     propagator.size = size
     with pytest.raises(TaskMessageTooLargeError) as caught:
@@ -454,7 +454,7 @@ def test_the_largest_headers_that_fit_do_arrive(start: Callable[..., Caller], ki
     """Headers just under the limit, with Celery's own longest ones beside them, are sent; Redis has no limit."""
     caller = start(real_url(kind))
     propagator = Inflate()
-    caller.tasks.sender.propagator = propagator
+    caller.tasks.sender.caller.propagator = propagator
     propagator.size = 200 * 1024
     if kind == "amqp":
         with pytest.raises(TaskMessageTooLargeError) as caught:

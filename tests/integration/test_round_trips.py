@@ -40,7 +40,7 @@ def key(client: Counted) -> Iterator[str]:
     client.delete(name)
 
 
-def set_and_get(name: str, value: str, pipeline: Any) -> None:
+def set_and_get(name: str, value: Any, pipeline: Any) -> None:
     pipeline.set(name, value)
     pipeline.get(name)
 
@@ -83,15 +83,30 @@ def test_one_that_fails_fails_alone(client: Counted, key: str) -> None:
     assert [answers[0], answers[2]] == [[True, b"1"], [b"1"]]
 
 
-def test_a_server_that_is_away_is_the_answer_of_all() -> None:
-    """Each of them is told, so that Celery can try again."""
+def test_a_server_that_is_away_is_met_by_one_at_a_time() -> None:
+    """The others wait, with nothing lost, until it has been tried again."""
     trips = RoundTrips()
     answers: list[list[Any]] = []
     with refusing_port() as port, redis.Redis(port=port) as client:
         for _ in range(2):
             trips.add(client, lambda pipeline: pipeline.get("any"), answers.append)
-        trips.send()
-    assert [type(error) for (error,) in answers] == [redis.ConnectionError] * 2
+        assert trips.send()
+        assert [type(error) for (error,) in answers] == [redis.ConnectionError]
+        assert trips.send()
+        assert [type(error) for (error,) in answers] == [redis.ConnectionError] * 2
+        assert not trips.send()
+
+
+def test_what_cannot_be_sent_holds_up_nobody(client: Counted, key: str) -> None:
+    """Its error is that of who asked for it, and the others get their answers."""
+    trips = RoundTrips()
+    answers: dict[str, list[Any]] = {}
+    for name, value in {"first": "1", "bad": object(), "last": "3"}.items():
+        trips.add(client, partial(set_and_get, key, value), partial(answers.__setitem__, name))
+    while trips.send():
+        pass
+    assert (answers["first"], answers["last"]) == ([True, b"1"], [True, b"3"])
+    assert [type(error) for error in answers["bad"]] == [redis.DataError]
 
 
 def test_many_do_not_wait_for_an_idle_thread(client: Counted, key: str) -> None:

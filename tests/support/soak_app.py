@@ -22,6 +22,12 @@ class Load:
         return number
 
     @task
+    async def hold(self, number: int) -> int:
+        """Take the place of a run for a while."""
+        await asyncio.sleep(5)
+        return number
+
+    @task
     def succeed_on_thread(self, number: int) -> int:
         return number
 

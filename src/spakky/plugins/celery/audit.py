@@ -27,13 +27,18 @@ __all__ = [
     "ALLOWED",
     "AuthAudit",
     "Verdict",
+    "to_ambiguous_record",
     "to_caller_record",
+    "to_reauthorized_record",
     "to_run_record",
     "to_seal_record",
     "to_verdict",
 ]
 
 logger = getLogger(__name__)
+
+_AMBIGUOUS: Final = "CALLER_AMBIGUOUS"
+"""Reason of a refusal to guess whose a dispatch is."""
 
 _KEY_ID: Final = re.compile(r"[!-~]{1,128}")
 _LARGEST_SNAPSHOT: Final = 64 * 1024
@@ -49,6 +54,7 @@ class Verdict(NamedTuple):
 
 
 ALLOWED: Final = Verdict(AuthorizationDecisionState.ALLOW, AuthorizationReasonCode.AUTHORIZED.value)
+_REAUTHORIZED: Final = Verdict(AuthorizationDecisionState.ALLOW, "REAUTHORIZED")
 
 
 def to_verdict(error: Exception) -> Verdict:
@@ -64,6 +70,11 @@ def to_verdict(error: Exception) -> Verdict:
             return Verdict(AuthorizationDecisionState.ERROR, AuthorizationReasonCode.INTERNAL_ERROR.value)
 
 
+def to_ambiguous_record(task_name: str) -> AuthDecisionRecord:
+    """Make the record of a dispatch that was refused because nobody can tell whose it is: it names no identity."""
+    return _to_record("caller", task_name, None, Verdict(AuthorizationDecisionState.ERROR, _AMBIGUOUS), headers={})
+
+
 def to_caller_record(
     celery: Any,
     application_context: IApplicationContext,
@@ -76,6 +87,20 @@ def to_caller_record(
     chain = None if identity is None else delegation_chain_of(identity)
     extended = () if chain is None else (*chain, find_hop(celery))
     return _to_record("caller", task_name, None, verdict, headers=headers, identity=identity, chain=extended)
+
+
+def to_reauthorized_record(celery: Any, identity: AuthContext, headers: Mapping[str, Any]) -> AuthDecisionRecord:
+    """Make the record of a dead letter whose identity somebody has had signed anew: one more hop of the application."""
+    chain = (*(delegation_chain_of(identity) or ()), find_hop(celery))
+    return _to_record(
+        "caller",
+        str(headers["task"]),
+        headers.get("id"),
+        _REAUTHORIZED,
+        headers=headers,
+        identity=identity,
+        chain=chain,
+    )
 
 
 def to_run_record(task: Any, task_name: str, verdict: Verdict, check: DelegationCheck | None) -> AuthDecisionRecord:

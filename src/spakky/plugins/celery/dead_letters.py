@@ -14,11 +14,13 @@ from celery import Celery
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.entity import Queue
 from spakky.auth.constants import AUTH_CONTEXT_SNAPSHOT_METADATA_KEY
+from spakky.auth.context import AuthContext
 from spakky.auth.error import AuthContextSnapshotError
 from spakky.auth.invocation import AuthInvocation
 from spakky.auth.ports import IAuthContextSnapshotSigner, IAuthContextSnapshotVerifier, SnapshotSignRequest
 from spakky.core.pod.interfaces.application_context import IApplicationContext
 
+from spakky.plugins.celery.audit import AuthAudit, to_reauthorized_record
 from spakky.plugins.celery.auth import CELERY_AUTH_BOUNDARY
 from spakky.plugins.celery.common.constants import SEAL_HEADER
 from spakky.plugins.celery.common.dead_letter import (
@@ -28,8 +30,13 @@ from spakky.plugins.celery.common.dead_letter import (
     to_dead_queue,
     to_publish_properties,
 )
+from spakky.plugins.celery.delegation import DelegatingSigner
 from spakky.plugins.celery.due_snapshots import find_due_verifier
-from spakky.plugins.celery.error import AuthSnapshotPropagationSignerUnavailableError
+from spakky.plugins.celery.error import (
+    AuthSnapshotPropagationSignerUnavailableError,
+    TaskAuthorizationDeniedError,
+    TaskDelegationTooDeepError,
+)
 from spakky.plugins.celery.seal import SealedParts
 from spakky.plugins.celery.sealed_amqp import SealedAmqp
 from spakky.plugins.celery.snapshot_horizon import read_snapshot
@@ -137,15 +144,25 @@ class DeadLetters:
         if signer is None:
             raise AuthSnapshotPropagationSignerUnavailableError(str(headers.get("task")))
         identity = _verify_as_signed(context, headers)
-        snapshot = signer.sign_snapshot(SnapshotSignRequest(auth_context=identity))
-        headers[AUTH_CONTEXT_SNAPSHOT_METADATA_KEY] = snapshot.base64url_canonical_json()
+        headers[AUTH_CONTEXT_SNAPSHOT_METADATA_KEY] = self._sign(signer, identity, str(headers.get("task")))
         if _is_past(headers.get("eta")):
             headers["eta"] = None
         headers.pop("compression", None)
         amqp = self._celery.amqp
         if isinstance(amqp, SealedAmqp):
             headers[SEAL_HEADER] = amqp.seals.seal(SealedParts.of_message(message, headers))
+        AuthAudit(context).tell(to_reauthorized_record(self._celery, identity, headers))
         return headers
+
+    def _sign(self, signer: IAuthContextSnapshotSigner, identity: AuthContext, task: str) -> str:
+        """Sign an identity anew: the application hands it on once more."""
+        try:
+            request = SnapshotSignRequest(auth_context=identity)
+            snapshot = DelegatingSigner(signer, task, self._celery).sign_snapshot(request)
+        except (TaskDelegationTooDeepError, TaskAuthorizationDeniedError) as error:
+            text = f"its delegation chain cannot grow: {type(error).__name__}"
+            raise _LeftError(text) from error
+        return snapshot.base64url_canonical_json()
 
     def _check_seal(self, message: Any, *, accept_unsealed: bool) -> None:
         amqp = self._celery.amqp

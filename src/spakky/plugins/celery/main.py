@@ -11,23 +11,20 @@ from spakky.core.pod.annotations.pod import Pod
 
 from spakky.plugins.celery.aspects.authentication import AuthenticationWatchAspect
 from spakky.plugins.celery.aspects.task_dispatch import AsyncCeleryTaskDispatchAspect, CeleryTaskDispatchAspect
+from spakky.plugins.celery.caller_headers import AUTHORIZE_CALLERS_SETTING
 from spakky.plugins.celery.common.config import CeleryConfig, CelerySealPolicy
 from spakky.plugins.celery.common.constants import REDIS_RESULTS
 from spakky.plugins.celery.common.customizer import CeleryCustomizer
 from spakky.plugins.celery.common.task_catalog import TaskCatalog
 from spakky.plugins.celery.common.task_loop import TaskLoop
 from spakky.plugins.celery.delegation import MAX_DELEGATION_DEPTH_SETTING
-from spakky.plugins.celery.dispatch import (
-    AUTHORIZE_CALLERS_SETTING,
-    PREPARED_DISPATCH_SETTING,
-    PUBLISH_TIMEOUT_SETTING,
-    TaskDispatcher,
-)
+from spakky.plugins.celery.dispatch import TaskDispatcher
 from spakky.plugins.celery.instrumentation.auth_log import AuthDecisionLog
 from spakky.plugins.celery.post_processor import CeleryPostProcessor
 from spakky.plugins.celery.replay_memory import REPLAY_WINDOW_SETTING
 from spakky.plugins.celery.seal import Seals
 from spakky.plugins.celery.sealed_amqp import SealedAmqp
+from spakky.plugins.celery.task_sender import PREPARED_DISPATCH_SETTING, PUBLISH_TIMEOUT_SETTING
 
 __all__ = ["celery_app", "initialize"]
 

@@ -16,10 +16,12 @@ from spakky.core.pod.interfaces.application_context import IApplicationContext
 from spakky.core.pod.interfaces.aware.application_context_aware import IApplicationContextAware
 from spakky.tracing.propagator import ITracePropagator
 
+from spakky.plugins.celery.caller_headers import CallerHeaders
 from spakky.plugins.celery.common.late_binding import LateBoundAspect, LateBoundAsyncAspect
 from spakky.plugins.celery.common.run_state import is_running
 from spakky.plugins.celery.common.task_method import BoundTask, to_bound_task
-from spakky.plugins.celery.dispatch import TaskDispatcher, TaskSender
+from spakky.plugins.celery.dispatch import TaskDispatcher
+from spakky.plugins.celery.task_sender import TaskSender
 
 __all__ = ["AsyncCeleryTaskDispatchAspect", "CeleryTaskDispatchAspect"]
 
@@ -67,22 +69,23 @@ class _TaskDispatchAdvice(IApplicationContextAware):
             auth_snapshot_signer: Signs the caller's identity.
             auth_snapshot_propagation_configs: Whether identities are propagated: if any of them says so.
         """
-        self._own_sender = TaskSender(
+        caller = CallerHeaders(
             celery=celery,
             signer=auth_snapshot_signer,
             propagation_config=effective_auth_snapshot_propagation_config(auth_snapshot_propagation_configs),
         )
+        self._own_sender = TaskSender(celery=celery, caller=caller)
 
     @override
     def set_application_context(self, application_context: IApplicationContext) -> None:
         """Keep the context that says whether a call is inside a run."""
         self._application_context = application_context
         if self._own_sender is not None:
-            self._own_sender.application_context = application_context
+            self._own_sender.caller.application_context = application_context
 
     def set_propagator(self, propagator: ITracePropagator) -> None:
         """Set what writes the caller's trace into the headers, in place of the container's propagator."""
-        self._sender.propagator = propagator
+        self._sender.caller.propagator = propagator
 
     @property
     def _sender(self) -> TaskSender:

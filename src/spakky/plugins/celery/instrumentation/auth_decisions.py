@@ -23,7 +23,8 @@ class AuthDecisionRecord:
     state: AuthorizationDecisionState
     """ALLOW; DENY or CHALLENGE for a refusal; ERROR where nothing could decide, which refuses as well."""
     reason_code: str
-    """An ``AuthorizationReasonCode``, ``DELEGATION_TOO_DEEP``, or ``SEAL_`` and the problem of a refused seal."""
+    """An ``AuthorizationReasonCode``, ``DELEGATION_TOO_DEEP``, ``CALLER_AMBIGUOUS``, ``REAUTHORIZED`` for a dead
+    letter, or ``SEAL_`` and the problem of a refused seal."""
     subject: str | None = None
     """Id of the subject; None where there is no identity, or none that was verified."""
     tenant: str | None = None

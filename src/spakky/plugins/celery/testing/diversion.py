@@ -9,11 +9,12 @@ from kombu.serialization import prepare_accept_content
 from spakky.core.application.application import SpakkyApplication
 
 from spakky.plugins.celery.common.task_result import CeleryTaskResult
-from spakky.plugins.celery.dispatch import TaskDispatcher, TaskSender
+from spakky.plugins.celery.dispatch import TaskDispatcher
 from spakky.plugins.celery.error import ApplicationNotStartedError, TaskResultWaitInRunError
 from spakky.plugins.celery.outlet import ITaskOutlet
 from spakky.plugins.celery.post_processor import CeleryPostProcessor
 from spakky.plugins.celery.run import CURRENT_RUN
+from spakky.plugins.celery.task_sender import TaskSender
 from spakky.plugins.celery.testing.inline_transport import INLINE_TRANSPORT
 from spakky.plugins.celery.testing.memory_results import MEMORY_RESULTS
 

@@ -26,7 +26,11 @@ from spakky.plugins.celery.common.constants import (
 from spakky.plugins.celery.common.refused_message import show, store_refusal
 from spakky.plugins.celery.error import TaskMessageRefusedError
 from spakky.plugins.celery.worker.amqp_frames import read_frames
-from spakky.plugins.celery.worker.bounded_decompression import BodyTooLargeError, bound_decompression
+from spakky.plugins.celery.worker.bounded_decompression import (
+    BodyTooLargeError,
+    UnboundedCompressionError,
+    bound_decompression,
+)
 from spakky.plugins.celery.worker.message_checks import (
     Problem,
     SizeLimits,
@@ -140,6 +144,8 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # the host ships no type
         if isinstance(exc, BodyTooLargeError):
             (limit,) = exc.args
             problem = Problem(f"its body has more than {limit} bytes when it is not compressed", limit + 1, limit)
+        elif isinstance(exc, UnboundedCompressionError):
+            problem = Problem(str(exc))
         else:
             problem = Problem(_tell(exc))
         self._account(message, problem)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-from spakky.plugins.celery.common.shared_round_trips import AddCommands
+from spakky.plugins.celery.common.shared_round_trips import AddCommands, execute_alone
 
 __all__ = ["RoundTrips"]
 
@@ -36,26 +36,38 @@ class RoundTrips:
             self.send()
 
     def send(self) -> bool:
-        """Send what waits, and tell those who wait; False if nobody does."""
+        """Send what waits, and tell those who have an answer; False if nobody waits.
+
+        What could not be sent together waits for the next time, but for the first, which is sent alone: it alone has
+        the error, if there is one, and Celery's pauses before it tries again are not one after the other for each.
+        """
         waiting, self._waiting = self._waiting, []
         for client in {id(one.client): one.client for one in waiting}.values():
-            _send(client, [one for one in waiting if one.client is client])
+            same = [one for one in waiting if one.client is client]
+            try:
+                _send_together(client, same)
+            except Exception:  # noqa: BLE001  # whatever it is, it may be the matter of one of them
+                first, *others = same
+                first.resume(_try_alone(first))
+                self._waiting += others
         return bool(waiting)
 
 
-def _send(client: Any, waiting: list[_Waiting]) -> None:
-    try:
-        with client.pipeline(transaction=False) as pipeline:
-            ends = []
-            for one in waiting:
-                one.add(pipeline)
-                ends.append(len(pipeline))
-            answers = pipeline.execute(raise_on_error=False)
-    except Exception as error:  # noqa: BLE001  # it is for those who wait, and Celery knows which to try again
+def _send_together(client: Any, waiting: list[_Waiting]) -> None:
+    with client.pipeline(transaction=False) as pipeline:
+        ends = []
         for one in waiting:
-            one.resume([error])
-        return
+            one.add(pipeline)
+            ends.append(len(pipeline))
+        answers = pipeline.execute(raise_on_error=False)
     begin = 0
     for one, end in zip(waiting, ends, strict=True):
         one.resume(answers[begin:end])
         begin = end
+
+
+def _try_alone(one: _Waiting) -> list[Any]:
+    try:
+        return execute_alone(one.client, one.add)
+    except Exception as error:  # noqa: BLE001  # its run raises it, and Celery knows which to try again
+        return [error]
