@@ -57,7 +57,15 @@ FACTS = {
 """What a record has in a worker unless a test says otherwise; and besides it task, id, chain and time."""
 
 
-@pytest.fixture(scope="module", params=["redis-asyncio", "redis-prefork", "amqp-threads", "amqp-prefork"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "redis-asyncio",
+        "amqp-threads",
+        pytest.param("redis-prefork", marks=pytest.mark.long),
+        pytest.param("amqp-prefork", marks=pytest.mark.long),
+    ],
+)
 def worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     kind, pool = request.param.split("-")
     folder = tmp_path_factory.mktemp(request.param)

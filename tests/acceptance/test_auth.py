@@ -57,7 +57,13 @@ EVERY_KIND = ["authenticated", "authenticated_async", *DECIDED_BY_A_PROVIDER]
 
 @pytest.fixture(
     scope="module",
-    params=["filesystem-asyncio", "filesystem-solo", "filesystem-prefork", "redis-asyncio", "amqp-threads"],
+    params=[
+        "filesystem-solo",
+        "redis-asyncio",
+        "amqp-threads",
+        pytest.param("redis-prefork", marks=pytest.mark.long),
+        pytest.param("amqp-prefork", marks=pytest.mark.long),
+    ],
 )
 def worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     kind, pool = request.param.split("-")

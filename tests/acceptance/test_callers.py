@@ -19,7 +19,9 @@ pytestmark = pytest.mark.slow
 CALLERS = 200
 
 
-@pytest.fixture(scope="module", params=["redis-asyncio", "amqp-asyncio", "amqp-threads"])
+@pytest.fixture(
+    scope="module", params=["redis-asyncio", "amqp-threads", pytest.param("redis-prefork", marks=pytest.mark.long)]
+)
 def worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     kind, pool = request.param.split("-")
     folder = tmp_path_factory.mktemp(request.param)

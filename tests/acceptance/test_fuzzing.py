@@ -15,7 +15,7 @@ SEED = 5
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("kind", "pool"), [("redis", "asyncio"), ("amqp", "asyncio")])
+@pytest.mark.parametrize(("kind", "pool"), [("redis", "asyncio"), ("amqp", "asyncio"), ("amqp", "prefork")])
 def test_five_hundred_changed_messages(tmp_path: Path, kind: str, pool: str) -> None:
     """The worker lives, runs the next good message and no protected one without a right, and logs no traceback."""
     make_broker(kind, tmp_path)  # skips where there is no server

@@ -40,7 +40,9 @@ ENVIRONMENT_SIGNING = {
 """Runs what is unsealed too, so that a refusal is that of the snapshot."""
 
 
-@pytest.fixture(scope="module", params=["redis-asyncio", "amqp-threads", "redis-prefork"])
+@pytest.fixture(
+    scope="module", params=["redis-asyncio", "amqp-threads", pytest.param("redis-prefork", marks=pytest.mark.long)]
+)
 def worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     kind, pool = request.param.split("-")
     with bench(
