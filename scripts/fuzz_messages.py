@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ MOST_GROWTH = 1.10
 WARM_UP_SHARE = 0.1
 PATIENCE_S = 300
 BATCH = 100
+MOST_LINES = 60
+"""Of a traceback that are shown."""
 SETTINGS = {"CELERY_WORKER_REVOKES_MAX": "500", "SPAKKY_CELERY__WORKER_THREADS": "4", **RESULTS, **ENVIRONMENT}
 """Celery keeps the ids of expired tasks; a store that is not yet full grows, and is no leak."""
 FORBIDDEN = (
@@ -133,7 +136,8 @@ def look_at_log(output: str) -> list[str]:
         if line.startswith("Traceback"):
             origin = next((above for above in reversed(lines[:number]) if above.startswith("[")), "")
             if not ALLOWED_ERRORS.search(origin):
-                problems.append(f"a traceback after: {origin[:300]}")
+                shown = "\n    ".join(lines[number : number + MOST_LINES])
+                problems.append(f"a traceback after: {origin[:300]}\n    {shown}")
     return list(dict.fromkeys(problems))[:50]
 
 
@@ -142,6 +146,8 @@ def look_at_memory(memory: list[int]) -> list[str]:
     warm = memory[int(len(memory) * WARM_UP_SHARE) :]
     tenth = max(1, len(warm) // 10)
     first, last = statistics.median(warm[:tenth]), statistics.median(warm[-tenth:])
+    tenths = [statistics.median(some) / 1024 for some in batched(warm, tenth)]
+    print(f"memory by tenths: {', '.join(f'{mb:.1f}' for mb in tenths)} MB")
     print(f"memory: {first / 1024:.1f} MB after the warm-up, {last / 1024:.1f} MB at the end, {last / first - 1:+.1%}")
     return [f"memory grew by {last / first - 1:.1%}"] if last / first > MOST_GROWTH and len(memory) >= 100 else []  # noqa: PLR2004  # with fewer samples it says nothing
 

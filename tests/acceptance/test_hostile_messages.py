@@ -203,6 +203,22 @@ def test_an_oversized_message_is_refused(worker: Bench, kind: str) -> None:
     greet(worker)
 
 
+def test_a_body_is_decompressed_no_further_than_the_limit(worker: Bench) -> None:
+    """What would be 300 MB takes no such memory, not for a moment."""
+    bomb = Hostile(make_headers(compression="application/x-gzip"), zlib.compress(bytes(300_000_000), 9))
+    bomb.options["content_encoding"] = "binary"
+    before = most_memory_kb(worker)
+    assert refuse(worker, bomb).limit == MOST_BODY
+    assert most_memory_kb(worker) < before + 100_000
+    greet(worker)
+
+
+def most_memory_kb(worker: Bench) -> int:
+    """The most that the worker has taken so far."""
+    status = Path(f"/proc/{worker.worker.popen.pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
+
+
 def test_what_is_just_not_too_large_runs(worker: Bench) -> None:
     """The limits refuse nothing below them, compressed bodies neither."""
     name = "a" * (MOST_BODY - 200)
