@@ -138,6 +138,10 @@ MISSHAPEN: dict[str, tuple[Callable[[], Hostile], str]] = {
         lambda: Hostile(body=make_body(chain=[{"task": GREET, "options": {"task_id": ["a"]}}])),
         "its chain is no list of calls",
     ),
+    "a chain with an id that is empty": (
+        lambda: Hostile(body=make_body(chain=[{"task": GREET, "options": {"task_id": ""}}])),
+        "its chain is no list of calls",
+    ),
     "a chain in the headers that is a text": (lambda: changed(chain="text"), "its chain is no list of calls"),
     "a chain with a chord whose body is a text": (
         lambda: Hostile(

@@ -169,7 +169,9 @@ def _is_call(value: object) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("task"), str):
         return False
     options, kwargs = value.get("options", {}), value.get("kwargs")
-    if not isinstance(options, dict) or not all(map(_is_optional_name, _names_in(options))):
+    if not isinstance(options, dict) or not _is_id(options.get("task_id")):
+        return False
+    if not all(_is_optional_name(options.get(name) or "") for name in ("group_id", "reply_to")):
         return False
     if not isinstance(value.get("args"), list | tuple | None) or not isinstance(kwargs, dict | None):
         return False
@@ -179,8 +181,9 @@ def _is_call(value: object) -> bool:
     return all(call is None or _is_call(call) for call in inner)
 
 
-def _names_in(options: Mapping[str, object]) -> Iterable[object]:
-    return (options.get(name) or "" for name in ("task_id", "group_id", "reply_to"))
+def _is_id(value: object) -> bool:
+    """Whether it is no id yet, or one under which a result can be stored."""
+    return value is None or is_name(value)
 
 
 _NO_NAME: Final = (_is_optional_name, f"no printable text of {_LONGEST_ID} characters or fewer")
