@@ -131,13 +131,13 @@ def look_at_log(output: str) -> list[str]:
     """Find what the worker must not have logged; a task may fail, and then its traceback is there."""
     print(f"refused: {output.count('Refused a message')}, received: {output.count('] received')}")
     problems = [f"{output.count(text)} times in the log: {text}" for text in FORBIDDEN if text in output]
-    lines = output.splitlines()
+    lines, origin = output.splitlines(), ""
     for number, line in enumerate(lines):
-        if line.startswith("Traceback"):
-            origin = next((above for above in reversed(lines[:number]) if above.startswith("[")), "")
-            if not ALLOWED_ERRORS.search(origin):
-                shown = "\n    ".join(lines[number : number + MOST_LINES])
-                problems.append(f"a traceback after: {origin[:300]}\n    {shown}")
+        if line.startswith("["):
+            origin = line
+        elif line.startswith("Traceback") and not ALLOWED_ERRORS.search(origin):
+            shown = "\n    ".join(lines[number : number + MOST_LINES])
+            problems.append(f"a traceback after: {origin[:300]}\n    {shown}")
     return list(dict.fromkeys(problems))[:50]
 
 
