@@ -138,6 +138,7 @@ MISSHAPEN: dict[str, tuple[Callable[[], Hostile], str]] = {
         lambda: Hostile(body=make_body(chain=[{"task": GREET, "options": {"task_id": ["a"]}}])),
         "its chain is no list of calls",
     ),
+    "a chain without options": (lambda: Hostile(body=make_body(chain=[{"task": GREET}])), "its chain is no list"),
     "a chain with an id that is empty": (
         lambda: Hostile(body=make_body(chain=[{"task": GREET, "options": {"task_id": ""}}])),
         "its chain is no list of calls",

@@ -168,7 +168,7 @@ def _is_call(value: object) -> bool:
     """Whether Celery can make a signature of it, and account for its result when the task before it fails."""
     if not isinstance(value, dict) or not isinstance(value.get("task"), str):
         return False
-    options, kwargs = value.get("options", {}), value.get("kwargs")
+    options, kwargs = value.get("options"), value.get("kwargs")
     if not isinstance(options, dict) or not _is_id(options.get("task_id")):
         return False
     if not all(_is_optional_name(options.get(name) or "") for name in ("group_id", "reply_to")):
