@@ -231,3 +231,5 @@ def test_a_server_of_results_that_was_away(slow: tuple[Bench, CuttableProxy]) ->
         key = f"celery-task-meta-{later.id}"
         wait_until(lambda: bool(direct.exists(key)), TIMEOUT_S, lambda: worker.worker.output)
     assert worker.worker.popen.poll() is None
+    assert "redis.exceptions.ConnectionError" in worker.worker.output
+    assert "TypeError" not in worker.worker.output  # the error is raised, and is no answer
