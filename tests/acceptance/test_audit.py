@@ -30,7 +30,7 @@ from spakky.plugins.celery.error import (
 from support.audit_app import Relay, create_app, create_app_without_signer
 from support.auth_app import ADMIN, DENIED_REASON, ENVIRONMENT, GUEST, Open, acting_as, outage, wait_for
 from support.brokers import Broker, filesystem_broker
-from support.fixtures import Bench, bench, celery_of, client_of, read_events
+from support.fixtures import MORE_WORKERS, Bench, bench, celery_of, client_of, read_events
 
 pytestmark = pytest.mark.slow
 
@@ -57,15 +57,7 @@ FACTS = {
 """What a record has in a worker unless a test says otherwise; and besides it task, id, chain and time."""
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        "redis-asyncio",
-        "amqp-threads",
-        pytest.param("redis-prefork", marks=pytest.mark.long),
-        pytest.param("amqp-prefork", marks=pytest.mark.long),
-    ],
-)
+@pytest.fixture(scope="module", params=MORE_WORKERS)
 def worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     kind, pool = request.param.split("-")
     folder = tmp_path_factory.mktemp(request.param)

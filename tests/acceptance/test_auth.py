@@ -38,7 +38,7 @@ from support.auth_app import (
     wait_for,
 )
 from support.brokers import Broker, filesystem_broker
-from support.fixtures import Bench, bench, celery_of, client_of
+from support.fixtures import MORE_WORKERS, Bench, bench, celery_of, client_of
 
 pytestmark = pytest.mark.slow
 
@@ -57,13 +57,7 @@ EVERY_KIND = ["authenticated", "authenticated_async", *DECIDED_BY_A_PROVIDER]
 
 @pytest.fixture(
     scope="module",
-    params=[
-        "filesystem-solo",
-        "redis-asyncio",
-        "amqp-threads",
-        pytest.param("redis-prefork", marks=pytest.mark.long),
-        pytest.param("amqp-prefork", marks=pytest.mark.long),
-    ],
+    params=["filesystem-solo", *MORE_WORKERS],
 )
 def worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     kind, pool = request.param.split("-")

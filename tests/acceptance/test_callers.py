@@ -12,16 +12,14 @@ from spakky.plugins.celery.caller_identity import act_as
 from spakky.plugins.celery.dispatch import TaskDispatcher
 from spakky.plugins.celery.error import AmbiguousCallerIdentityError
 from support.auth_app import ADMIN, ENVIRONMENT, FanOut, Open, Vault, create_app, wait_for
-from support.fixtures import Bench, bench, celery_of
+from support.fixtures import WORKERS, Bench, bench, celery_of
 
 pytestmark = pytest.mark.slow
 
 CALLERS = 200
 
 
-@pytest.fixture(
-    scope="module", params=["redis-asyncio", "amqp-threads", pytest.param("redis-prefork", marks=pytest.mark.long)]
-)
+@pytest.fixture(scope="module", params=WORKERS)
 def worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     kind, pool = request.param.split("-")
     folder = tmp_path_factory.mktemp(request.param)

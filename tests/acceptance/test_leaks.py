@@ -32,7 +32,7 @@ from spakky.plugins.celery.error import (
 from spakky.plugins.celery.seal import SealedParts, Seals
 from support.auth_app import ADMIN, ENVIRONMENT, acting_as, outage, wait_for
 from support.brokers import Broker
-from support.fixtures import Bench, bench, celery_of, client_of
+from support.fixtures import WORKERS, Bench, bench, celery_of, client_of
 from support.leak_app import Till, create_app
 from support.processes import SPAKKY_CELERY, running, wait_until
 from support.servers import refusing_port
@@ -160,12 +160,7 @@ def events_of(worker: Bench) -> Iterator[list[dict[str, Any]]]:
 
 @pytest.fixture(
     scope="module",
-    params=[
-        "redis-asyncio",
-        "amqp-threads",
-        pytest.param("redis-prefork", marks=pytest.mark.long),
-        pytest.param("amqp-asyncio", marks=pytest.mark.long),
-    ],
+    params=[*WORKERS, pytest.param("amqp-asyncio", marks=pytest.mark.long)],
 )
 def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     kind, pool = request.param.split("-")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from support.auth_app import ENVIRONMENT
-from support.fixtures import bench
+from support.fixtures import MORE_WORKERS, bench
 from support.processes import running, wait_until, worker_command
 
 pytestmark = pytest.mark.slow
@@ -20,15 +20,7 @@ SEALED = {
 """Beat's messages are sealed as well, over the identity."""
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        "redis-asyncio",
-        "amqp-threads",
-        pytest.param("redis-prefork", marks=pytest.mark.long),
-        pytest.param("amqp-prefork", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.parametrize("case", MORE_WORKERS)
 def test_scheduled_runs_have_their_principal(case: str, tmp_path: Path) -> None:
     """Each schedule runs as who it names; one that names too little is denied, one without anybody is not sent."""
     from support.principal_app import create_app  # its Pods ask for the environment of the test

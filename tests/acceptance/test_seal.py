@@ -18,7 +18,7 @@ from spakky.plugins.celery.replay_memory import ReplayMemory
 from spakky.plugins.celery.seal import SealedParts, Seals
 from support.auth_app import ADMIN, ENVIRONMENT, GUEST, Open, Vault, acting_as, create_app, wait_for
 from support.brokers import make_broker
-from support.fixtures import Bench, bench, celery_of, client_of, drop_queue, read_events
+from support.fixtures import WORKERS, Bench, bench, celery_of, client_of, drop_queue, read_events
 from support.messages import Recorded
 from support.processes import SPAKKY_CELERY, running, wait_until, worker_command
 from support.seal_app import Till
@@ -36,9 +36,7 @@ SIGNED = {**SEALED, "SPAKKY_CELERY__SEAL": "sign", "SPAKKY_CELERY__REPLAY_WINDOW
 """Says that there is no window, because a client of another worker may have set one in this process."""
 
 
-@pytest.fixture(
-    scope="module", params=["redis-asyncio", "amqp-threads", pytest.param("redis-prefork", marks=pytest.mark.long)]
-)
+@pytest.fixture(scope="module", params=WORKERS)
 def worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     kind, pool = request.param.split("-")
     folder = tmp_path_factory.mktemp(request.param)
@@ -303,9 +301,7 @@ def test_refusals_are_counted(worker: Bench) -> None:
 # A worker that only signs, and has a task that asks for a seal
 
 
-@pytest.fixture(
-    scope="module", params=["redis-asyncio", "amqp-threads", pytest.param("redis-prefork", marks=pytest.mark.long)]
-)
+@pytest.fixture(scope="module", params=WORKERS)
 def lenient(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     kind, pool = request.param.split("-")
     folder = tmp_path_factory.mktemp(request.param)

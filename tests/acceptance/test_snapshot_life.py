@@ -20,7 +20,7 @@ from spakky.plugins.celery.dead_letters import DeadLetters
 from spakky.plugins.celery.error import TaskAuthorizationDeniedError
 from spakky.plugins.celery.instrumentation.auth_log import AUDIT_LOGGER
 from support.auth_app import ADMIN, ENVIRONMENT, create_app_without_outages, wait_for
-from support.fixtures import Bench, bench, celery_of
+from support.fixtures import WORKERS, Bench, bench, celery_of
 from support.messages import Recorded, record_message, taken_from
 from support.processes import SPAKKY_CELERY, make_environment, wait_until
 
@@ -40,9 +40,7 @@ ENVIRONMENT_SIGNING = {
 """Runs what is unsealed too, so that a refusal is that of the snapshot."""
 
 
-@pytest.fixture(
-    scope="module", params=["redis-asyncio", "amqp-threads", pytest.param("redis-prefork", marks=pytest.mark.long)]
-)
+@pytest.fixture(scope="module", params=WORKERS)
 def worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     kind, pool = request.param.split("-")
     with bench(

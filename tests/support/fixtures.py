@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
 from celery import Celery
 from kombu import Connection
 from spakky.core.application.application import SpakkyApplication
@@ -15,6 +16,12 @@ from spakky.core.application.application import SpakkyApplication
 from support.brokers import Broker, make_broker
 from support.probe import create_app
 from support.processes import Process, running, wait_until, worker_command
+
+WORKERS = ["redis-asyncio", "amqp-threads", pytest.param("redis-prefork", marks=pytest.mark.long)]
+"""Brokers and pools that tests of what every worker must do run on: each of both, and the slowest rarely."""
+
+MORE_WORKERS = [*WORKERS, pytest.param("amqp-prefork", marks=pytest.mark.long)]
+"""With the slowest on the other broker, too."""
 
 
 @dataclass

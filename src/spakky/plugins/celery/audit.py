@@ -84,14 +84,13 @@ def to_caller_record(
 ) -> AuthDecisionRecord:
     """Make the record of a decision before a message exists, with the chain that the message has or would have."""
     identity = find_caller(application_context)
-    chain = None if identity is None else delegation_chain_of(identity)
-    extended = () if chain is None else (*chain, find_hop(celery))
-    return _to_record("caller", task_name, None, verdict, headers=headers, identity=identity, chain=extended)
+    chain = _extend_chain(celery, identity)
+    return _to_record("caller", task_name, None, verdict, headers=headers, identity=identity, chain=chain)
 
 
 def to_reauthorized_record(celery: Any, identity: AuthContext, headers: Mapping[str, Any]) -> AuthDecisionRecord:
     """Make the record of a dead letter whose identity somebody has had signed anew: one more hop of the application."""
-    chain = (*(delegation_chain_of(identity) or ()), find_hop(celery))
+    chain = _extend_chain(celery, identity)
     return _to_record(
         "caller",
         str(headers["task"]),
@@ -143,6 +142,12 @@ class AuthAudit:
         pods = self._application_context.pods
         found = (pods[name] for name in sorted(pods))
         return [pod for pod in found if isinstance(pod.type_, type) and issubclass(pod.type_, IAuthDecisionObserver)]
+
+
+def _extend_chain(celery: Any, identity: AuthContext | None) -> tuple[str, ...]:
+    """Make the chain that an identity has once it is handed on here; none where it has none that can be read."""
+    chain = None if identity is None else delegation_chain_of(identity)
+    return () if chain is None else (*chain, find_hop(celery))
 
 
 def _to_record(

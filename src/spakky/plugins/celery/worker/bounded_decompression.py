@@ -18,16 +18,15 @@ __all__ = ["BodyTooLargeError", "UnboundedCompressionError", "bound_decompressio
 _LZMA_MEMORY: Final = 256 * 1024 * 1024
 """Its strongest preset needs 65 MiB; a message can ask for 4 GiB."""
 
+_ZSTD: Final = "application/zstd"
+_BROTLI: Final = "application/x-brotli"
+_NO_BOUND: Final = "it is compressed with Brotli, and the installed library cannot stop at a limit: brotli 1.2 can"
+
 _DECOMPRESSORS: Final[dict[str, Callable[[], Any]]] = {
     "application/x-gzip": zlib.decompressobj,
     "application/x-bz2": bz2.BZ2Decompressor,
     "application/x-lzma": lambda: lzma.LZMADecompressor(memlimit=_LZMA_MEMORY),
 }
-
-
-_ZSTD: Final = "application/zstd"
-_BROTLI: Final = "application/x-brotli"
-_NO_BOUND: Final = "it is compressed with Brotli, and the installed library cannot stop at a limit: brotli 1.2 can"
 
 
 class UnboundedCompressionError(ValueError):

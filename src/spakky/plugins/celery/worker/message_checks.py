@@ -57,13 +57,12 @@ def find_request_problem(request: Any) -> Problem | None:
         request.message.payload if isinstance(request.body, str | bytes | bytearray | memoryview) else request.body
     )
     args, kwargs, embed = payload
-    if not isinstance(args, list | tuple) or not isinstance(kwargs, dict) or not isinstance(embed, dict | None):
-        return Problem("its body is not of arguments, keyword arguments and callbacks")
-    if not all(isinstance(name, str) for name in embed or {}):
+    embed = {} if embed is None else embed
+    if not isinstance(args, list | tuple) or not isinstance(kwargs, dict) or not _has_names(embed):
         return Problem("its body is not of arguments, keyword arguments and callbacks")
     if _is_deep(request.message.body, payload):
         return Problem(f"its body is nested deeper than {_DEEPEST}")
-    return _find_field_problem({**request.request_dict, **(embed or {})})  # as Celery lays one over the other
+    return _find_field_problem({**request.request_dict, **embed})  # as Celery lays one over the other
 
 
 def _measure(headers: dict[str, Any], limit: int | None) -> int:
@@ -158,6 +157,10 @@ def _are_texts(value: object) -> bool:
 
 def _is_mapping(value: object) -> bool:
     return isinstance(value, dict)
+
+
+def _has_names(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
 
 def _are_calls(value: object) -> bool:
