@@ -1,6 +1,6 @@
 """Owns one run of one task in a worker: context, trace, identity, handler, call, clean-up. Sends nothing."""
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from contextvars import Context, copy_context
 from dataclasses import replace
 from datetime import timedelta
@@ -13,6 +13,7 @@ from celery.utils.time import maybe_iso8601
 from spakky.auth.constants import AUTH_CONTEXT_SNAPSHOT_METADATA_KEY
 from spakky.auth.error import AuthRequirementDeniedError
 from spakky.auth.ports import IAuthContextSnapshotVerifier
+from spakky.core.pod.annotations.pod import Pod
 from spakky.core.pod.interfaces.application_context import IApplicationContext
 from spakky.core.pod.interfaces.container import NoUniquePodError
 from spakky.tracing.context import TraceContext
@@ -33,12 +34,14 @@ from spakky.plugins.celery.common.constants import (
     CELERY_TASK_CONTEXT_KEY,
     CODEC_HEADER,
     HANDLER_POD_HEADER,
+    ONLY_FAILURES_ATTRIBUTE,
     SEAL_HELD_HEADER,
     SNAPSHOT_GRACE_SETTING,
 )
+from spakky.plugins.celery.common.fresh_ids import make_digits
 from spakky.plugins.celery.common.remote_errors import to_travelling_error
 from spakky.plugins.celery.common.run_key import key_by_run
-from spakky.plugins.celery.common.task_body import run_awaitable
+from spakky.plugins.celery.common.task_body import ENDED_BODY, LoopBody, run_awaitable
 from spakky.plugins.celery.common.task_catalog import TaskCatalog
 from spakky.plugins.celery.common.task_loop import TaskLoop
 from spakky.plugins.celery.common.task_method import TaskMethod
@@ -56,6 +59,7 @@ logger = getLogger(__name__)
 
 _TRACEPARENT: Final = "traceparent"
 _INVALID_TRACE_VERSION: Final = "ff"
+_SPAN_DIGITS: Final = 16
 
 
 class TaskExecution:
@@ -73,6 +77,7 @@ class TaskExecution:
         self._catalog = catalog
         self._ports = ports
         self._audit = AuthAudit(application_context)
+        self._made: dict[str, object] = {}
 
     def run(self, task: Task, method: TaskMethod, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Run a task's body with every aspect around it, in a context of its own, and return what it returned.
@@ -123,19 +128,55 @@ class TaskExecution:
         args: tuple[object, ...],
         kwargs: dict[str, object],
     ) -> object:
+        ended = ENDED_BODY.get()
+        try:
+            return self._run_here(task, method, args, kwargs) if ended is None else ended.outcome()
+        except AuthRequirementDeniedError as error:
+            if isinstance(error, TaskAuthorizationDeniedError) or error.decision is None:
+                raise  # never `raise error from error`: the chain of causes would lead back to itself
+            # The decision would not travel with the host's error, whose args are empty.
+            raise TaskAuthorizationDeniedError.from_decision(method.name, error.decision) from error
+
+    def _run_here(
+        self,
+        task: Task,
+        method: TaskMethod,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> object:
         context = copy_context()
         try:
             context.run(self._enter, task, method)
             outcome: object = context.run(self._call, task, method, args, kwargs)
             returned = self._wait_for(outcome, task, method, context) if isawaitable(outcome) else outcome
             return codec_of(method).encode_result(returned)
-        except AuthRequirementDeniedError as error:
-            if isinstance(error, TaskAuthorizationDeniedError) or error.decision is None:
-                raise  # never `raise error from error`: the chain of causes would lead back to itself
-            # The decision would not travel with the host's error, whose args are empty.
-            raise TaskAuthorizationDeniedError.from_decision(method.name, error.decision) from error
         finally:
             context.run(self._end)
+
+    def loop_body(self, method: TaskMethod) -> LoopBody | None:
+        """Give what runs an ``async def`` method on a loop before Celery's tracer; None where that is never done.
+
+        Who asks for an identity, or makes a handler, may block: that is for a thread.
+        """
+        if not method.is_async or to_auth_metadata(method).protected:
+            return None
+
+        def fits(headers: Mapping[str, Any]) -> bool:
+            return AUTH_CONTEXT_SNAPSHOT_METADATA_KEY not in headers and self._is_made(method, headers)
+
+        async def run(task: Task, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+            self._enter(task, method)
+            returned = self._call(task, method, args, kwargs)
+            return codec_of(method).encode_result(await returned if isawaitable(returned) else returned)
+
+        return LoopBody(fits, run, self._end)
+
+    def _is_made(self, method: TaskMethod, headers: Mapping[str, Any]) -> bool:
+        """Whether the handler of a run was made before, to be used by all runs."""
+        try:
+            return self._catalog.pod_for(method, headers.get(HANDLER_POD_HEADER)) in self._made
+        except AmbiguousHandlerPodError:
+            return False
 
     def _enter(self, task: Task, method: TaskMethod) -> None:
         """Prepare the context. A provider that fails here is asked again later: the body has not begun."""
@@ -179,7 +220,7 @@ class TaskExecution:
         """Continue the caller's trace; what cannot be continued starts a new one."""
         propagator = self._application_context.get_or_none(ITracePropagator)  # type: ignore[type-abstract]  # looked up by its interface
         parent = None if propagator is None else _extract(propagator, headers)
-        TraceContext.set(TraceContext.new_root() if parent is None else parent.child())
+        TraceContext.set(_to_child(parent))
 
     def _authorize(self, task: Task, method: TaskMethod, headers: dict[str, str]) -> None:
         """Seed the identity and decide, and tell of what was decided: once for each run."""
@@ -243,13 +284,20 @@ class TaskExecution:
         return GraceVerifier(self._application_context, verifier, eta, timedelta(seconds=grace_s))
 
     def _resolve(self, method: TaskMethod, named: object) -> object:
-        pod = self._catalog.pod_for(method, named)
-        if pod is not None:
-            return self._application_context.get(self._application_context.pods[pod].type_, pod)
+        name = self._catalog.pod_for(method, named)
+        if name is not None:
+            return self._made.get(name) or self._make(name)
         try:
             return self._application_context.get(method.handler)
         except NoUniquePodError:
             raise AmbiguousHandlerPodError(method.name, self._catalog.pods_of(method.handler)) from None
+
+    def _make(self, name: str) -> object:
+        pod = self._application_context.pods[name]
+        handler: object = self._application_context.get(pod.type_, name)
+        if pod.scope is Pod.Scope.SINGLETON:
+            self._made[name] = handler
+        return handler
 
 
 def release_traceback(sender: Task, retval: object, **_: object) -> None:
@@ -263,6 +311,19 @@ def release_traceback(sender: Task, retval: object, **_: object) -> None:
     while isinstance(retval, BaseException) and retval.__traceback__ is not None:  # a chain may lead back to itself
         retval.__traceback__ = None
         retval = retval.__cause__ or retval.__context__
+
+
+setattr(release_traceback, ONLY_FAILURES_ATTRIBUTE, True)
+
+
+def _to_child(parent: TraceContext | None) -> TraceContext:
+    """Make what the host's ``child`` and ``new_root`` do, which ask the operating system for each id."""
+    span_id = make_digits()[:_SPAN_DIGITS]
+    if parent is None:
+        return TraceContext(trace_id=make_digits(), span_id=span_id)
+    return TraceContext(
+        trace_id=parent.trace_id, span_id=span_id, parent_span_id=parent.span_id, trace_flags=parent.trace_flags
+    )
 
 
 def _extract(propagator: ITracePropagator, headers: dict[str, object]) -> TraceContext | None:

@@ -37,8 +37,10 @@ from spakky.plugins.celery.common.constants import (
     ASYNC_BODY_ATTRIBUTE,
     GUARDED_CONSUMER,
     HANDLER_POD_HEADER,
+    LOOP_BODY_ATTRIBUTE,
     MASKED_REQUEST,
     PROTECTED_REQUEST,
+    QUICK_STRATEGY,
     TASK_NAME_ATTRIBUTE,
 )
 from spakky.plugins.celery.common.green_threads import check_worker
@@ -288,6 +290,9 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
             "on_retry": send_retry,
             **to_task_attributes(method.options),
         }
+        loop_body = self._execution.loop_body(method)
+        if loop_body is not None:
+            attributes["Strategy"] = QUICK_STRATEGY
         if to_auth_metadata(method).protected:
             attributes["Request"] = PROTECTED_REQUEST
         codec = codec_of(method)
@@ -308,6 +313,7 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
             **{
                 APPLICATION_CONTEXT_ATTRIBUTE: self._context,
                 ASYNC_BODY_ATTRIBUTE: method.is_async,
+                LOOP_BODY_ATTRIBUTE: loop_body,
                 TASK_NAME_ATTRIBUTE: method.name,
             },
         )

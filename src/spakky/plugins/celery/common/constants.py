@@ -66,6 +66,18 @@ ASYNC_BODY_ATTRIBUTE: Final = "spakky_async_body"
 TASK_NAME_ATTRIBUTE: Final = "spakky_task_name"
 """Attribute of our Celery tasks: the name of the task, also where the Celery task stands for an alias of it."""
 
+LOOP_BODY_ATTRIBUTE: Final = "spakky_loop_body"
+"""Attribute of our Celery tasks: a ``LoopBody``, where the body is ``async def``."""
+
+QUICK_STRATEGY: Final = "spakky.plugins.celery.worker.quick_strategy:quick_strategy"
+"""How workers take messages of ``async def`` tasks, as a Celery task's ``Strategy`` takes it."""
+
+TAKE_ATTRIBUTE: Final = "spakky_take"
+"""Attribute of such a strategy's handler: takes a message if it can, and says whether it did."""
+
+ONLY_FAILURES_ATTRIBUTE: Final = "spakky_only_failures"
+"""Attribute of receivers of ``task_postrun`` that do nothing for a run that succeeds."""
+
 ASYNCIO_POOL: Final = "spakky.plugins.celery.worker.pool:AsyncioPool"
 """The pool that runs ``async def`` tasks on one event loop, as Celery's ``worker_pool`` setting takes it."""
 

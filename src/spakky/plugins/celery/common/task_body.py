@@ -4,17 +4,27 @@ import asyncio
 import logging
 import threading
 import types
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from contextvars import Context, ContextVar
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
+from celery import Task
 from celery.exceptions import SoftTimeLimitExceeded
 
 from spakky.plugins.celery.common.run_key import RUN_KEY, current_key
 from spakky.plugins.celery.error import TaskBodyCancelledError
 from spakky.plugins.celery.run import CURRENT_RUN
 
-__all__ = ["CURRENT_BODY", "SUSPEND", "TaskBody", "install_task_factory", "run_awaitable", "run_here"]
+__all__ = [
+    "CURRENT_BODY",
+    "ENDED_BODY",
+    "SUSPEND",
+    "LoopBody",
+    "TaskBody",
+    "install_task_factory",
+    "run_awaitable",
+    "run_here",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +90,11 @@ class TaskBody:
             run.mute()
         self._interruption = error
         self._asyncio_task.cancel()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the body has raised something; read when it has ended."""
+        return self._error is not None
 
     def outcome(self) -> Any:
         """What the body returned.
@@ -163,6 +178,24 @@ class TaskBody:
         if not task.cancelled():
             task.exception()  # seen, so that asyncio does not report it
         on_end()
+
+
+ENDED_BODY: ContextVar[TaskBody | None] = ContextVar("ENDED_BODY", default=None)
+"""The body of this context's run, where it has ended before Celery's tracer began."""
+
+
+class LoopBody(NamedTuple):
+    """What a pool needs to run a task's body on its loop before Celery's tracer runs: an attribute of our Celery tasks.
+
+    All but ``fits`` are called in the context of the run, on the loop's thread.
+    """
+
+    fits: Callable[[Mapping[str, Any]], bool]
+    """Whether a message with these headers lets nothing block the loop: that nobody is asked for a decision, say."""
+    run: Callable[[Task, tuple[Any, ...], dict[str, Any]], Coroutine[Any, Any, Any]]
+    """Runs the body with arguments from the wire, and gives what goes to the result back end."""
+    end: Callable[[], None]
+    """Cleans up, when nothing of the body runs any more."""
 
 
 def run_awaitable(

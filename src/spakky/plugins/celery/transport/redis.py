@@ -14,12 +14,11 @@ from typing import Any, ClassVar, Final, NamedTuple, override
 import redis
 from kombu.transport import redis as stock
 from kombu.transport import virtual
-from kombu.utils.encoding import bytes_to_str
-from kombu.utils.json import loads
 from kombu.utils.scheduling import priority_cycle
 
 from spakky.plugins.celery.common.broker_url import has_tls_scheme
 from spakky.plugins.celery.common.fresh_ids import make_id
+from spakky.plugins.celery.common.plain_json import loads_json
 
 __all__ = ["Channel", "Message", "QoS", "Transport"]
 
@@ -437,7 +436,7 @@ class _Taken(NamedTuple):
     def read(self) -> dict[str, Any] | None:
         """Give it as kombu reads it; None where the server has read something else in it."""
         try:
-            message: dict[str, Any] = loads(bytes_to_str(self.raw))
+            message: dict[str, Any] = loads_json(self.raw.decode())
             is_same = message["properties"]["delivery_tag"].encode() == self.tag
         except Exception:  # noqa: BLE001  # whatever it is that Python's JSON does not take
             return None

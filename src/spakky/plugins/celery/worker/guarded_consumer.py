@@ -22,6 +22,7 @@ from spakky.plugins.celery.common.constants import (
     DEFAULT_MAX_MESSAGE_BYTES,
     MAX_HEADER_BYTES_SETTING,
     MAX_MESSAGE_BYTES_SETTING,
+    TAKE_ATTRIBUTE,
 )
 from spakky.plugins.celery.common.refused_message import show, store_refusal
 from spakky.plugins.celery.error import TaskMessageRefusedError
@@ -84,6 +85,7 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # the host ships no type
     def create_task_handler(self, promise: Any = promise) -> Any:
         handle = super().create_task_handler(promise)
         lost_connection = self._lost_connection
+        strategies = self.strategies
 
         def check_then_handle(message: Any) -> None:
             problem = find_message_problem(message, self._limits)
@@ -91,7 +93,9 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # the host ships no type
                 self._refuse(message, problem)
                 return
             try:
-                handle(message)
+                take = getattr(strategies.get(message.headers.get("task")), TAKE_ATTRIBUTE, None)
+                if take is None or not take(message):
+                    handle(message)
             except lost_connection:
                 raise
             except Exception as error:  # noqa: BLE001  # Celery's consumer would end, and the worker with it

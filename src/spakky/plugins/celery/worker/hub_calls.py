@@ -39,7 +39,15 @@ class HubCalls:
     def put(self, call: Callable[[], object]) -> None:
         """Have the hub's thread make a call; from any thread."""
         self._calls.append(call)
-        if not self._is_woken:
+        self.wake()
+
+    def put_quietly(self, call: Callable[[], object]) -> None:
+        """Have a call made when the hub turns, or is woken; from any thread."""
+        self._calls.append(call)
+
+    def wake(self) -> None:
+        """Have the hub turn, if there are calls to be made; from any thread."""
+        if self._calls and not self._is_woken:
             self._is_woken = True
             with suppress(OSError):  # closed: no hub turns any more
                 self._sender.send(b"\0")

@@ -35,7 +35,12 @@ class JobThreads:
     @property
     def is_idle(self) -> bool:
         """Whether a job that is put now is likely to begin at once."""
-        return not self._busy and self._jobs.empty()
+        return not self.pending
+
+    @property
+    def pending(self) -> int:
+        """Jobs that are not done."""
+        return self._busy + self._jobs.qsize()
 
     def put(self, job: Callable[[], object]) -> None:
         """Have a job done, after those that were put before; from any thread."""

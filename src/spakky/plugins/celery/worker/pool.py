@@ -12,12 +12,10 @@ from functools import partial, wraps
 from inspect import iscoroutinefunction
 from typing import Any, Final, override
 
-from billiard.einfo import ExceptionInfo
 from celery import Celery, Task
 from celery.concurrency.base import BasePool
-from celery.exceptions import SoftTimeLimitExceeded, WorkerLostError
 from celery.worker import state as worker_state
-from greenlet import getcurrent, greenlet  # type: ignore[import-untyped]  # it ships none for mypy
+from celery.worker.request import Request
 
 from spakky.plugins.celery.common.constants import (
     APPLICATION_CONTEXT_ATTRIBUTE,
@@ -25,16 +23,17 @@ from spakky.plugins.celery.common.constants import (
     BLOCKED_LOOP_SETTING,
     WORKER_THREADS_SETTING,
 )
-from spakky.plugins.celery.common.run_key import RUN_KEY, key_by_run
-from spakky.plugins.celery.common.shared_round_trips import SHARE, AddCommands, execute_alone
-from spakky.plugins.celery.common.task_body import SUSPEND, TaskBody, install_task_factory, run_awaitable
+from spakky.plugins.celery.common.run_key import key_by_run
+from spakky.plugins.celery.common.task_body import install_task_factory, run_awaitable
 from spakky.plugins.celery.common.task_loop import TaskLoop
 from spakky.plugins.celery.error import UnsupportedWorkerOptionError
+from spakky.plugins.celery.worker.body_first import BodyFirst, BodyFirstRun
 from spakky.plugins.celery.worker.cold_shutdown import defer_cold_shutdown
 from spakky.plugins.celery.worker.hub_calls import HubCalls
 from spakky.plugins.celery.worker.job_threads import JobThreads
+from spakky.plugins.celery.worker.loop_calls import LoopCalls
 from spakky.plugins.celery.worker.loop_watch import LoopWatch
-from spakky.plugins.celery.worker.round_trips import RoundTrips
+from spakky.plugins.celery.worker.pool_run import PoolRun, Tracer
 from spakky.plugins.celery.worker.turns import Turns
 
 __all__ = ["AsyncioPool"]
@@ -44,6 +43,8 @@ logger = logging.getLogger(__name__)
 _DEFAULT_THREADS: Final = 10
 _TRACERS: Final = 4
 """Threads whose greenlets trace ``async def`` tasks: while one waits for the result back end, others go on."""
+_REPORTS_AT_ONCE: Final = 64
+"""Runs that have ended and are to be acknowledged, at which the hub is woken though others are about to end."""
 _DEFAULT_BLOCKED_LOOP_S: Final = 1.0
 _CLEAN_UP_S: Final = 5.0
 """Time that cancelled bodies have for their ``finally`` blocks when a worker is terminated."""
@@ -82,12 +83,14 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
                 setting = f"worker_{name}"
                 raise UnsupportedWorkerOptionError(setting, str(options[option]), _ONE_PROCESS)
         self._hub: Any = None
-        self._runs: set[_Run] = set()
+        self._runs: set[PoolRun] = set()
         self._admission = threading.Lock()
-        self._waiting: deque[_Run] = deque()
+        self._waiting: deque[PoolRun] = deque()
         self._turns = Turns()
         self._hub_calls = HubCalls()
         self._on_loop = 0
+        self._is_hub_due = False
+        self._first: dict[str, BodyFirst | None] = {}
         self._own_loop: _LoopThread | None = None
 
     @override
@@ -97,11 +100,12 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
             raise UnsupportedWorkerOptionError(variable, os.environ.get(variable, ""), _FAST_LOCALS)
         for task in self.app.tasks.values():
             _await_coroutine(task, self)
-        tracers = [_Tracer(number) for number in range(_TRACERS)]
+        tracers = [Tracer(number) for number in range(_TRACERS)]
         self._tracers = {tracer: partial(self._start_next, tracer) for tracer in tracers}
         threads = self.app.conf.get(WORKER_THREADS_SETTING) or _DEFAULT_THREADS
         self._threads = JobThreads("spakky-celery-sync", threads)
         self.loop = _find_application_loop(self.app) or self._start_own_loop()
+        self._loop_calls = LoopCalls(self.loop)
         warn_after_s = self.app.conf.get(BLOCKED_LOOP_SETTING, _DEFAULT_BLOCKED_LOOP_S)
         self._watch = LoopWatch(self.loop, warn_after_s)
         defer_cold_shutdown(self._hub_calls)
@@ -124,23 +128,29 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
         soft_timeout: float | None = None,
         timeout: float | None = None,
         **_: Any,
-    ) -> "_Run":
-        run = _Run(
+    ) -> "PoolRun":
+        soft_timeout = soft_timeout or self.options.get("soft_timeout")
+        timeout = timeout or self.options.get("timeout")
+        task = self.app.tasks.get(args[0]) if args else None
+        first = self.body_first(task)
+        request = getattr(accept_callback, "__self__", None)
+        if first is not None and isinstance(request, Request) and first.fits(request.request_dict):
+            return self.run_body_first(first, request, soft_timeout, timeout)
+        run = PoolRun(
             self,
             partial(target, *args, **(kwargs or {})),
             callback,
             accept_callback,
             error_callback,
             timeout_callback,
-            soft_timeout or self.options.get("soft_timeout"),
-            timeout or self.options.get("timeout"),
+            soft_timeout,
+            timeout,
         )
         if len(args) > 1:
             run.task_id = args[1]
         if self._state != self.RUN:
             return run  # a delayed task fell due while the worker ends: its message goes back to the broker
         self._runs.add(run)
-        task = self.app.tasks.get(args[0]) if args else None
         if task is not None and getattr(task, ASYNC_BODY_ATTRIBUTE, False):
             key_by_run(task.request_stack)
             self._turns.begin(run.task_id, partial(self._admit, run))
@@ -148,6 +158,29 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
             run.warn_of_time_limits(task)
             self._turns.begin(run.task_id, partial(self._threads.put, partial(self._run_in_thread, run)))
         return run
+
+    def run_body_first(
+        self,
+        first: BodyFirst,
+        request: Request,
+        soft_timeout: float | None,
+        timeout: float | None,
+    ) -> BodyFirstRun:
+        """Run a request's body, and then trace it, if somebody is to hear of it."""
+        run = BodyFirstRun(self, first, request, soft_timeout, timeout)
+        if self._state == self.RUN:
+            self._runs.add(run)
+            self._turns.begin(run.task_id, partial(self._admit, run))
+        return run
+
+    def body_first(self, task: Task | None) -> BodyFirst | None:
+        """Say which runs of a task may begin with their body; None: not one."""
+        if task is None:
+            return None
+        name = str(task.name)
+        if name not in self._first:
+            self._first[name] = BodyFirst.of(task)
+        return self._first[name]
 
     @override
     def on_stop(self) -> None:
@@ -200,39 +233,60 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
             "longest-loop-lag": round(self._watch.longest_lag_s, 4),
         }
 
-    def _admit(self, run: "_Run") -> None:
+    def _admit(self, run: "PoolRun") -> None:
         with self._admission:
             self._waiting.append(run)
         self._start_waiting()
 
     def _start_waiting(self) -> None:
-        """Have one of the runs that wait begun where nothing holds it up: greenlets never change their thread."""
+        """Have one of the runs that wait begun."""
         with self._admission:
             if not self._waiting or self._on_loop >= self.limit:
                 return
+            run = self._waiting[0]
+            if isinstance(run, BodyFirstRun):
+                self._on_loop += 1
+                self._waiting.popleft()
+        if isinstance(run, BodyFirstRun):
+            self._begin_first(run)
+            return
         idle = next((tracer for tracer in self._tracers if tracer.is_idle), None)
-        for tracer in self._tracers if idle is None else (idle,):
+        for tracer in self._tracers if idle is None else (idle,):  # greenlets never change their thread
             tracer.put(self._tracers[tracer])
 
-    def _start_next(self, tracer: "_Tracer") -> None:
+    def _begin_first(self, run: BodyFirstRun) -> None:
+        if run.accept():
+            self._loop_calls.put(run.begin)
+        else:
+            self.end_on_loop(run)
+
+    def trace_ended(self, run: PoolRun) -> None:
+        """Have a run traced whose body has ended."""
+        tracer = min(self._tracers, key=lambda one: one.pending)
+        tracer.put(partial(run.start, tracer))
+
+    def _start_next(self, tracer: "Tracer") -> None:
         with self._admission:
             if not self._waiting or self._on_loop >= self.limit:
                 return
             self._on_loop += 1
             run = self._waiting.popleft()
-        run.start(tracer)
+        if isinstance(run, BodyFirstRun):
+            self._begin_first(run)
+        else:
+            run.start(tracer)
 
-    def _run_in_thread(self, run: "_Run") -> None:
+    def _run_in_thread(self, run: "PoolRun") -> None:
         if self._state == self.RUN:
             copy_context().run(run.trace)
         self.discard(run)
 
-    def discard(self, run: "_Run") -> None:
+    def discard(self, run: "PoolRun") -> None:
         """Forget a run that has ended, and let the next one of its task begin."""
         self._runs.discard(run)
         self._turns.end(run.task_id)
 
-    def end_on_loop(self, run: "_Run") -> None:
+    def end_on_loop(self, run: "PoolRun") -> None:
         """Forget a run of an ``async def`` task, and let the next one begin."""
         self.discard(run)
         with self._admission:
@@ -251,6 +305,23 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
             callback(*args)
             return
         self._hub_calls.put(partial(callback, *args))
+
+    def tell_later(self, callback: Callable[..., object], *args: object) -> None:
+        """Do as ``tell``, on the loop's thread, at the end of the loop's turn: the hub is woken once for many."""
+        if self._hub is None:
+            callback(*args)
+            return
+        self._hub_calls.put_quietly(partial(callback, *args))
+        if not self._is_hub_due:
+            self._is_hub_due = True
+            self.loop.call_soon(self._wake_hub, context=Context())
+
+    def _wake_hub(self) -> None:
+        if self._loop_calls and len(self._hub_calls) < _REPORTS_AT_ONCE:
+            self.loop.call_soon(self._wake_hub, context=Context())  # there will be more in a moment
+            return
+        self._is_hub_due = False
+        self._hub_calls.wake()
 
     def _turn_hub(self) -> None:
         """Let Celery's hub do what it was given, such as acknowledgements; its own loop has ended by now."""
@@ -280,184 +351,6 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
     def _start_own_loop(self) -> asyncio.AbstractEventLoop:
         self._own_loop = _LoopThread()
         return self._own_loop.loop
-
-
-class _Run:
-    """One task that the pool was given; Celery's request holds it to terminate it."""
-
-    def __init__(  # noqa: PLR0917  # one for each of Celery's callbacks
-        self,
-        pool: AsyncioPool,
-        target: Callable[[], Any],
-        callback: Callable[..., Any] | None,
-        accept_callback: Callable[..., Any] | None,
-        error_callback: Callable[..., Any] | None,
-        timeout_callback: Callable[..., Any] | None,
-        soft_timeout: float | None,
-        timeout: float | None,
-    ) -> None:
-        self.task_id: object = self
-        self.is_accepted = False
-        self.is_on_loop = False
-        self._pool = pool
-        self._target = target
-        self._callback = callback
-        self._accept_callback = accept_callback
-        self._error_callback = error_callback
-        self._timeout_callback = timeout_callback
-        self._soft_timeout = soft_timeout
-        self._timeout = timeout
-        self._is_dropped = False
-        self._is_unwanted = False
-        self._has_ended = False
-        self._greenlet: Any = None
-        self._tracer: Any = None
-        self._body: TaskBody | None = None
-        self._timers: list[asyncio.TimerHandle] = []
-
-    def warn_of_time_limits(self, task: Task | None) -> None:
-        """Say that a thread cannot be interrupted."""
-        if (self._soft_timeout or self._timeout) and task is not None:
-            logger.warning("Task %r has a time limit, and a sync task on a thread cannot be interrupted", task.name)
-
-    def start(self, tracer: "_Tracer") -> None:
-        """Begin the tracer of an ``async def`` task in a thread, the current one, that goes on when its body ended."""
-        self._tracer = tracer
-        self._greenlet = greenlet(self._trace_in_greenlet)
-        self._greenlet.gr_context = copy_context()
-        self._greenlet.switch()
-
-    def _trace_in_greenlet(self) -> None:
-        RUN_KEY.set(self)
-        SUSPEND.set(self._suspend)
-        SHARE.set(self._execute)
-        try:
-            self.trace()
-        finally:
-            self._greenlet = None
-            self._pool.end_on_loop(self)
-
-    def trace(self) -> None:
-        """Have Celery account for the task from its acceptance to its end."""
-        self.is_accepted = True
-        self._pool.tell(self._accept_callback, os.getpid(), time.monotonic())
-        if self._is_unwanted:
-            return
-        try:
-            outcome = self._target()
-            self._has_ended = True
-        except _DroppedError:
-            return
-        except BaseException as error:  # noqa: BLE001  # nothing but what the tracer does not account for
-            self._report_lost(error)
-            return
-        self._pool.tell(self._report, self._callback, outcome)
-
-    def _report(self, callback: Callable[..., object] | None, outcome: object) -> None:
-        """Tell Celery how it ended, unless it was terminated meanwhile."""
-        if callback is not None and not self._is_dropped:
-            callback(outcome)
-
-    def _report_lost(self, error: BaseException) -> None:
-        """Report what ended the tracer itself, as Celery's other pools do."""
-        lost = WorkerLostError(repr(error))
-        lost.__cause__ = error
-        self._pool.tell(self._report, self._error_callback, ExceptionInfo((WorkerLostError, lost, error.__traceback__)))
-
-    def terminate(self, _signal: int | None = None) -> None:
-        """Cancel the body, and report nothing more: Celery does. Called in Celery's thread, for one that runs."""
-        if not self.is_accepted:
-            self._is_unwanted = True  # Celery says so of it when it is accepted, and it is not begun then
-        if self._has_ended or not self.is_accepted:
-            return  # what was stored already is reported, too, and acknowledged
-        if self._is_dropped:
-            return  # a cold shutdown comes here twice, and a second cancellation would break the clean-up off
-        self._is_dropped = True
-        self._pool.loop.call_soon_threadsafe(self._interrupt, asyncio.CancelledError())
-
-    def _suspend(self, body: TaskBody) -> None:
-        """Leave the greenlet until the body has ended."""
-        current: Any = getcurrent()
-        if current is not self._greenlet:
-            message = (
-                "An async def task cannot be applied eagerly inside the body of another: await it, or dispatch it."
-            )
-            raise RuntimeError(message)
-        self._body = body
-        self.is_on_loop = True
-        self._pool.loop.call_soon_threadsafe(self._begin_body, body, context=Context())
-        current.parent.switch()
-        self.is_on_loop = False
-        self._body = None
-        if self._is_dropped:
-            raise _DroppedError
-
-    def _execute(self, client: Any, add: AddCommands) -> list[Any]:
-        """Leave the greenlet until the answers are there."""
-        current: Any = getcurrent()
-        if current is not self._greenlet:
-            return execute_alone(client, add)  # in the body, or in what it has started
-        answers: list[Any] = []
-
-        def resume(found: list[Any]) -> None:
-            answers.extend(found)
-            self._tracer.put(current.switch)
-
-        self._tracer.round_trips.add(client, add, resume)
-        current.parent.switch()
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return answers
-
-    def _begin_body(self, body: TaskBody) -> None:
-        loop = self._pool.loop
-        body.begin(loop, self._end_body)
-        if self._is_dropped:
-            self._interrupt(asyncio.CancelledError())
-        if self._soft_timeout:
-            self._timers.append(loop.call_later(self._soft_timeout, self._pass_soft_limit))
-        if self._timeout:
-            self._timers.append(loop.call_later(self._timeout, self._pass_hard_limit))
-
-    def _end_body(self) -> None:
-        for timer in self._timers:
-            timer.cancel()
-        self._timers.clear()
-        if self._greenlet is not None:
-            self._tracer.put(self._greenlet.switch)
-
-    def _interrupt(self, error: BaseException) -> None:
-        if self._body is not None:
-            self._body.interrupt(error)
-
-    def _pass_soft_limit(self) -> None:
-        if self._is_dropped:
-            return  # it cleans up
-        self._interrupt(SoftTimeLimitExceeded(self._soft_timeout))
-        self._report_timeout(True, self._soft_timeout)  # noqa: FBT003  # Celery's signature
-
-    def _pass_hard_limit(self) -> None:
-        if self._is_dropped:
-            return  # it cleans up
-        self._is_dropped = True
-        self._interrupt(asyncio.CancelledError())
-        self._report_timeout(False, self._timeout)  # noqa: FBT003  # Celery's signature
-
-    def _report_timeout(self, is_soft: bool, timeout: float | None) -> None:
-        self._pool.tell(self._timeout_callback, is_soft, timeout)
-
-
-class _Tracer(JobThreads):
-    """A thread whose greenlets trace ``async def`` tasks."""
-
-    def __init__(self, number: int) -> None:
-        self.round_trips = RoundTrips()
-        super().__init__(f"spakky-celery-tracer-{number}", when_idle=self.round_trips.send)
-
-
-class _DroppedError(BaseException):
-    """Unwinds the tracer of a run that Celery has accounted for otherwise; no ``except Exception`` sees it."""
 
 
 class _LoopThread:
