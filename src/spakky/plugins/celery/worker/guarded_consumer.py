@@ -15,6 +15,7 @@ from celery.exceptions import NotRegistered
 from celery.utils.objects import Bunch
 from celery.worker.consumer import Consumer
 from celery.worker.state import task_ready
+from kombu.transport import pyamqp
 from vine import promise
 
 from spakky.plugins.celery.common.constants import (
@@ -26,6 +27,7 @@ from spakky.plugins.celery.common.constants import (
 )
 from spakky.plugins.celery.common.refused_message import show, store_refusal
 from spakky.plugins.celery.error import TaskMessageRefusedError
+from spakky.plugins.celery.transport import amqp
 from spakky.plugins.celery.worker.amqp_frames import read_frames
 from spakky.plugins.celery.worker.bounded_decompression import (
     BodyTooLargeError,
@@ -77,6 +79,8 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # the host ships no type
     @override
     def connection_for_read(self, heartbeat: float | None = None) -> Any:
         connection = self.app.connection_for_read(heartbeat=heartbeat)
+        if connection.get_transport_cls() is pyamqp.Transport:
+            connection.transport_cls = amqp.Transport
         if connection.transport.driver_name == _PY_AMQP:
             connection.transport_options["frame_handler"] = read_frames
         return self.ensure_connected(connection)

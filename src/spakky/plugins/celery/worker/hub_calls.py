@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from spakky.plugins.celery.transport.amqp import writes_together
+
 __all__ = ["HubCalls"]
 
 logger = logging.getLogger(__name__)
@@ -60,8 +62,9 @@ class HubCalls:
     def _call_all(self) -> None:
         self._receiver.recv(64)
         self._is_woken = False  # before the calls are looked at: who puts one later wakes the hub again
-        while self._calls:
-            try:
-                self._calls.popleft()()
-            except Exception:  # one request must not end the loop of all
-                logger.critical("A task could not be accounted for", exc_info=True)
+        with writes_together():
+            while self._calls:
+                try:
+                    self._calls.popleft()()
+                except Exception:  # one request must not end the loop of all
+                    logger.critical("A task could not be accounted for", exc_info=True)
