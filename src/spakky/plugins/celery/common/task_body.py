@@ -67,16 +67,20 @@ class TaskBody:
         self._has_ended = False
 
     def begin(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[], object]) -> None:
-        """Start on this thread's loop, which must be running.
+        """Start on this thread's loop, which must be running; the first step is made at once.
 
         Args:
             loop: The loop.
-            on_end: Called on the loop when nothing of the body runs any more.
+            on_end: Called on the loop when nothing of the body runs any more; before this returns, if it never waits.
         """
         self.context.run(CURRENT_BODY.set, self)
-        self._asyncio_task = asyncio.Task(self._run(), loop=loop, context=self.context, name=self.task_name)
-        # In a context of its own, and so after the last step has left the body's: that one can be entered again then.
-        self._asyncio_task.add_done_callback(lambda task: self._end(task, on_end), context=Context())
+        options: Any = {"loop": loop, "context": self.context, "name": self.task_name, "eager_start": True}
+        task = self._asyncio_task = asyncio.Task(self._run(), **options)
+        if task.done():
+            self._end(task, on_end)
+        else:
+            # In a context of its own, and so after the last step has left the body's, which can be entered again then.
+            task.add_done_callback(lambda task: self._end(task, on_end), context=Context())
 
     def interrupt(self, error: BaseException) -> None:
         """Raise an exception at the await where the body waits; on the loop's thread only.
@@ -90,6 +94,11 @@ class TaskBody:
             run.mute()
         self._interruption = error
         self._asyncio_task.cancel()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the body itself runs no more, though what it left behind may."""
+        return self._has_ended
 
     @property
     def has_failed(self) -> bool:

@@ -6,6 +6,7 @@ Knows neither the container nor Celery: a method is judged by its class alone, b
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from inspect import (
     Parameter,
     Signature,
@@ -82,6 +83,8 @@ class TaskMethod:
 
     def check_arguments(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Raise TaskArgumentsError when the arguments do not fit the method's parameters."""
+        if not kwargs and len(args) in _fitting_counts(self):
+            return
         try:
             self.signature.bind(*args, **kwargs)
         except TypeError as error:
@@ -96,6 +99,8 @@ class TaskMethod:
 
         A parameter that was left out before one that was given gets its default: positions have no gaps.
         """
+        if not kwargs and len(args) in _fitting_counts(self):
+            return args, kwargs
         bound = self.signature.bind(*args, **kwargs)
         left_out: dict[str, object] = {}
         for name, parameter in self.signature.parameters.items():
@@ -104,6 +109,16 @@ class TaskMethod:
             elif parameter.kind is Parameter.POSITIONAL_OR_KEYWORD:
                 bound.arguments |= left_out
         return bound.args, bound.kwargs
+
+
+@lru_cache(maxsize=4096)
+def _fitting_counts(method: TaskMethod) -> range:
+    """How many arguments fit the method by their number alone, where no keywords come with them."""
+    parameters = method.signature.parameters.values()
+    if any(one.kind is Parameter.KEYWORD_ONLY and one.default is Parameter.empty for one in parameters):
+        return range(0)
+    positional = [one for one in parameters if one.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
+    return range(sum(one.default is Parameter.empty for one in positional), len(positional) + 1)
 
 
 @dataclass(frozen=True, slots=True)

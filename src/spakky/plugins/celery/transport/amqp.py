@@ -44,7 +44,8 @@ def writes_together() -> Iterator[None]:
     if _held.sockets is not None:
         yield
         return
-    _held.sockets = held = set()
+    held: set[_Socket] = set()
+    _held.sockets = held
     try:
         yield
     finally:

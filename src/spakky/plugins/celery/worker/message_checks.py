@@ -15,6 +15,8 @@ _LONGEST_ID: Final = 255
 """As an AMQP correlation id, which Celery sends too, has room for."""
 _DEEPEST: Final = 200
 """Containers in each other that a body may have: pickle, which takes it to a prefork child, recurses for each."""
+_NO_OTHERS: Final = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+"""What nearly every body has beside its arguments."""
 _FIELD_BYTES: Final = 8
 """Counted for each value that has no length."""
 
@@ -65,12 +67,13 @@ def find_request_problem(request: Any) -> Problem | None:
     """Look at what Celery has made of a message, whichever protocol it was in, before it goes to the pool."""
     payload = request._payload  # noqa: SLF001  # the one name that Celery's requests have for it
     args, kwargs, embed = payload
-    embed = {} if embed is None else embed
-    if not isinstance(args, list | tuple) or not isinstance(kwargs, dict) or not _has_names(embed):
+    has_others = embed is not None and embed != _NO_OTHERS
+    if not isinstance(args, list | tuple) or not isinstance(kwargs, dict) or (has_others and not _has_names(embed)):
         return Problem("its body is not of arguments, keyword arguments and callbacks")
     if _is_deep(request.message.body, payload):
         return Problem(f"its body is nested deeper than {_DEEPEST}")
-    return _find_field_problem({**request.request_dict, **embed})  # as Celery lays one over the other
+    fields = request.request_dict
+    return _find_field_problem({**fields, **embed} if has_others else fields)  # as Celery lays one over the other
 
 
 def _measure(found: list[Any], limit: int | None) -> int:

@@ -106,6 +106,7 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
         self._threads = JobThreads("spakky-celery-sync", threads)
         self.loop = _find_application_loop(self.app) or self._start_own_loop()
         self._loop_calls = LoopCalls(self.loop)
+        self.pid = os.getpid()
         warn_after_s = self.app.conf.get(BLOCKED_LOOP_SETTING, _DEFAULT_BLOCKED_LOOP_S)
         self._watch = LoopWatch(self.loop, warn_after_s)
         defer_cold_shutdown(self._hub_calls)

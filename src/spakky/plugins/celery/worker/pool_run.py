@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable
 from contextvars import Context, copy_context
@@ -28,6 +27,7 @@ class Pool(Protocol):
     """What a run asks of its pool."""
 
     loop: asyncio.AbstractEventLoop
+    pid: int
 
     def tell(self, callback: Callable[..., object] | None, *args: object) -> None:
         """Call Celery's request back in Celery's own thread, in order."""
@@ -105,7 +105,7 @@ class PoolRun:
     def accept(self) -> bool:
         """Tell Celery that it begins; False if it must not, because it was terminated before."""
         self.is_accepted = True
-        self._pool.tell(self._accept_callback, os.getpid(), time.monotonic())
+        self._pool.tell(self._accept_callback, self._pool.pid, time.monotonic())
         return not self._is_unwanted
 
     def account(self) -> None:
@@ -180,6 +180,8 @@ class PoolRun:
     def _begin_body(self, body: TaskBody) -> None:
         loop = self._pool.loop
         body.begin(loop, self._end_body)
+        if body.has_ended:
+            return
         if self._is_dropped:
             self._interrupt(asyncio.CancelledError())
         if self._soft_timeout:
