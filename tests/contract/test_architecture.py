@@ -51,15 +51,19 @@ WORKER_LIFE = {
     "worker",
     "worker.lifecycle",
     "worker.amqp_frames",
+    "worker.body_first",
     "worker.bounded_decompression",
     "worker.cold_shutdown",
     "worker.guarded_consumer",
     "worker.hub_calls",
+    "worker.loop_calls",
     "worker.loop_watch",
     "worker.masked_request",
     "worker.message_checks",
     "worker.protected_request",
     "worker.pool",
+    "worker.pool_run",
+    "worker.quick_strategy",
     "worker.job_threads",
     "worker.lasting_objects",
     "worker.round_trips",
@@ -79,6 +83,7 @@ VALUES = {
     "common.fresh_ids",
     "common.green_threads",
     "common.late_binding",
+    "common.plain_json",
     "common.previous",
     "common.progress",
     "common.progress_reporter",
@@ -105,7 +110,7 @@ VALUES = {
 BOTH_ENDS = {"audit", "auth", "caller_identity", "due_snapshots", "sealed_amqp", "snapshot_horizon"}
 OBSERVATION = {"instrumentation", "instrumentation.auth_decisions"}
 BACK_ENDS = {"instrumentation.auth_log"}
-TRANSPORTS = {"transport", "transport.redis", "transport.redis_results"}
+TRANSPORTS = {"transport", "transport.amqp", "transport.redis", "transport.redis_results"}
 COMPOSITION = {"", "cli", "main"}
 TESTING = {
     "testing",

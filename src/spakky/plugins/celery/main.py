@@ -13,7 +13,7 @@ from spakky.plugins.celery.aspects.authentication import AuthenticationWatchAspe
 from spakky.plugins.celery.aspects.task_dispatch import AsyncCeleryTaskDispatchAspect, CeleryTaskDispatchAspect
 from spakky.plugins.celery.caller_headers import AUTHORIZE_CALLERS_SETTING
 from spakky.plugins.celery.common.config import CeleryConfig, CelerySealPolicy
-from spakky.plugins.celery.common.constants import REDIS_RESULTS
+from spakky.plugins.celery.common.constants import AMQP_BATCHES_SETTING, BODY_FIRST_SETTING, REDIS_RESULTS
 from spakky.plugins.celery.common.customizer import CeleryCustomizer
 from spakky.plugins.celery.common.task_catalog import TaskCatalog
 from spakky.plugins.celery.common.task_loop import TaskLoop
@@ -56,6 +56,8 @@ def celery_app(config: CeleryConfig, customizers: tuple[CeleryCustomizer, ...] =
     celery.conf[MAX_DELEGATION_DEPTH_SETTING] = config.max_delegation_depth
     celery.conf[AUTHORIZE_CALLERS_SETTING] = config.authorize_callers
     celery.conf[PREPARED_DISPATCH_SETTING] = config.prepared_dispatch
+    celery.conf[AMQP_BATCHES_SETTING] = config.amqp_batches
+    celery.conf[BODY_FIRST_SETTING] = config.body_first
     celery.conf[REPLAY_WINDOW_SETTING] = config.replay_window_s
     celery.conf[PUBLISH_TIMEOUT_SETTING] = config.publish_timeout.total_seconds()
     for customizer in customizers:

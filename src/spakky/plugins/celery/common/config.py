@@ -321,6 +321,15 @@ class CeleryConfig(BaseSettings):
     False: with kombu's and Celery's own, one by one. Both can share a queue. Needs Redis 6.2. Celery: the scheme of
     ``broker_url``, and ``override_backends`` of the app's loader."""
 
+    amqp_batches: bool = True
+    """Read and acknowledge messages of an AMQP broker by the batch, with this package's transport, in a worker that is
+    connected without TLS. False: with kombu's own, frame by frame. The plugin reads it, not Celery."""
+
+    body_first: bool = True
+    """In an ``AsyncioPool``, run the body of an ``async def`` task before Celery's tracer, and without it where the run
+    succeeds and nobody is to hear of it: no result back end, no callback, no hook or signal receiver. False: Celery's
+    tracer calls each body. The plugin reads it, not Celery."""
+
     broker_transport_options: _TransportOptions = {}
     """Options of the broker's transport, by their kombu names; they win over those that other settings produce. In the
     environment a JSON object. Celery: the same name."""

@@ -3,10 +3,12 @@
 from typing import Final
 
 __all__ = [
+    "AMQP_BATCHES_SETTING",
     "APPLICATION_CONTEXT_ATTRIBUTE",
     "ASYNCIO_POOL",
     "ASYNC_BODY_ATTRIBUTE",
     "BLOCKED_LOOP_SETTING",
+    "BODY_FIRST_SETTING",
     "CELERY_TASK_CONTEXT_KEY",
     "CODEC_HEADER",
     "DEFAULT_CONCURRENCY",
@@ -15,17 +17,21 @@ __all__ = [
     "DEFAULT_MAX_MESSAGE_BYTES",
     "GUARDED_CONSUMER",
     "HANDLER_POD_HEADER",
+    "LOOP_BODY_ATTRIBUTE",
     "MASKED_REQUEST",
     "MAX_HEADER_BYTES_SETTING",
     "MAX_MESSAGE_BYTES_SETTING",
+    "ONLY_FAILURES_ATTRIBUTE",
     "OUTAGE_RETRY_GROWTH",
     "PROTECTED_REQUEST",
+    "QUICK_STRATEGY",
     "REDIS_RESULTS",
     "SEAL_HEADER",
     "SEAL_HELD_HEADER",
     "SEAL_REQUIRED_ATTRIBUTE",
     "SERIALIZER_HEADER",
     "SNAPSHOT_GRACE_SETTING",
+    "TAKE_ATTRIBUTE",
     "TASK_NAME_ATTRIBUTE",
     "WORKER_THREADS_SETTING",
 ]
@@ -104,6 +110,12 @@ DEFAULT_MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
 
 DEFAULT_MAX_HEADER_BYTES: Final = 256 * 1024
 """Twice what an AMQP header frame has room for."""
+
+AMQP_BATCHES_SETTING: Final = "spakky_amqp_batches"
+"""Celery setting: whether a worker reads and acknowledges by the batch on AMQP."""
+
+BODY_FIRST_SETTING: Final = "spakky_body_first"
+"""Celery setting: whether an ``AsyncioPool`` runs bodies before Celery's tracer."""
 
 WORKER_THREADS_SETTING: Final = "spakky_worker_threads"
 """Celery setting: sync tasks that an ``AsyncioPool`` runs at a time."""

@@ -24,7 +24,7 @@ from celery.utils.saferepr import saferepr
 from celery.worker.request import Request
 from kombu.utils.encoding import safe_repr
 
-from spakky.plugins.celery.common.constants import LOOP_BODY_ATTRIBUTE, ONLY_FAILURES_ATTRIBUTE
+from spakky.plugins.celery.common.constants import BODY_FIRST_SETTING, LOOP_BODY_ATTRIBUTE, ONLY_FAILURES_ATTRIBUTE
 from spakky.plugins.celery.common.run_key import RUN_KEY, key_by_run
 from spakky.plugins.celery.common.task_body import ENDED_BODY, SUSPEND, LoopBody, TaskBody
 from spakky.plugins.celery.worker.pool_run import Pool, PoolRun
@@ -90,7 +90,8 @@ class BodyFirst:
     def of(cls, task: Task) -> "BodyFirst | None":
         """Give what says it of a task; None for one whose bodies never come first."""
         body = getattr(task, LOOP_BODY_ATTRIBUTE, None)
-        if body is None:
+        app: Any = task.app
+        if body is None or not app.conf.get(BODY_FIRST_SETTING, True):
             return None
         found = cls(task, body)
         return None if found._is_never else found

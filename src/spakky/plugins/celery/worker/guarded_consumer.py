@@ -19,6 +19,7 @@ from kombu.transport import pyamqp
 from vine import promise
 
 from spakky.plugins.celery.common.constants import (
+    AMQP_BATCHES_SETTING,
     DEFAULT_MAX_HEADER_BYTES,
     DEFAULT_MAX_MESSAGE_BYTES,
     MAX_HEADER_BYTES_SETTING,
@@ -79,7 +80,8 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # the host ships no type
     @override
     def connection_for_read(self, heartbeat: float | None = None) -> Any:
         connection = self.app.connection_for_read(heartbeat=heartbeat)
-        if connection.get_transport_cls() is pyamqp.Transport:
+        is_batching = self.app.conf.get(AMQP_BATCHES_SETTING, True)
+        if is_batching and connection.get_transport_cls() is pyamqp.Transport:
             connection.transport_cls = amqp.Transport
         if connection.transport.driver_name == _PY_AMQP:
             connection.transport_options["frame_handler"] = read_frames
