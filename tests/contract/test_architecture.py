@@ -50,6 +50,7 @@ RUNNING = {
 WORKER_LIFE = {
     "worker",
     "worker.lifecycle",
+    "worker.amqp_batches",
     "worker.amqp_frames",
     "worker.body_first",
     "worker.bounded_decompression",
@@ -110,7 +111,7 @@ VALUES = {
 BOTH_ENDS = {"audit", "auth", "caller_identity", "due_snapshots", "sealed_amqp", "snapshot_horizon"}
 OBSERVATION = {"instrumentation", "instrumentation.auth_decisions"}
 BACK_ENDS = {"instrumentation.auth_log"}
-TRANSPORTS = {"transport", "transport.amqp", "transport.redis", "transport.redis_results"}
+TRANSPORTS = {"transport", "transport.redis", "transport.redis_results"}
 COMPOSITION = {"", "cli", "main"}
 TESTING = {
     "testing",

@@ -28,7 +28,7 @@ from spakky.plugins.celery.common.constants import (
 )
 from spakky.plugins.celery.common.refused_message import show, store_refusal
 from spakky.plugins.celery.error import TaskMessageRefusedError
-from spakky.plugins.celery.transport import amqp
+from spakky.plugins.celery.worker import amqp_batches
 from spakky.plugins.celery.worker.amqp_frames import read_frames
 from spakky.plugins.celery.worker.bounded_decompression import (
     BodyTooLargeError,
@@ -82,7 +82,7 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # the host ships no type
         connection = self.app.connection_for_read(heartbeat=heartbeat)
         is_batching = self.app.conf.get(AMQP_BATCHES_SETTING, True)
         if is_batching and connection.get_transport_cls() is pyamqp.Transport:
-            connection.transport_cls = amqp.Transport
+            connection.transport_cls = amqp_batches.Transport
         if connection.transport.driver_name == _PY_AMQP:
             connection.transport_options["frame_handler"] = read_frames
         return self.ensure_connected(connection)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from spakky.plugins.celery.transport.amqp import writes_together
+from spakky.plugins.celery.worker.amqp_batches import writes_together
 
 __all__ = ["HubCalls"]
 
