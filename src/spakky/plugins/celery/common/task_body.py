@@ -6,7 +6,7 @@ import threading
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from contextvars import Context, ContextVar
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from celery import Task
 from celery.exceptions import SoftTimeLimitExceeded
@@ -189,7 +189,14 @@ class TaskBody:
         on_end()
 
 
-ENDED_BODY: ContextVar[TaskBody | None] = ContextVar("ENDED_BODY", default=None)
+class EndedBody(Protocol):
+    """A body that runs no more."""
+
+    def outcome(self) -> Any:
+        """Return what it returned, or raise what it raised."""
+
+
+ENDED_BODY: ContextVar[EndedBody | None] = ContextVar("ENDED_BODY", default=None)
 """The body of this context's run, where it has ended before Celery's tracer began."""
 
 

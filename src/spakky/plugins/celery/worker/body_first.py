@@ -27,7 +27,7 @@ from kombu.utils.encoding import safe_repr
 from spakky.plugins.celery.common.constants import BODY_FIRST_SETTING, LOOP_BODY_ATTRIBUTE, ONLY_FAILURES_ATTRIBUTE
 from spakky.plugins.celery.common.run_key import RUN_KEY, key_by_run
 from spakky.plugins.celery.common.task_body import ENDED_BODY, SUSPEND, LoopBody, TaskBody
-from spakky.plugins.celery.worker.pool_run import Pool, PoolRun
+from spakky.plugins.celery.worker.pool_run import DroppedError, Pool, PoolRun
 
 __all__ = ["BodyFirst", "BodyFirstRun", "sends_events"]
 
@@ -54,6 +54,9 @@ def sends_events(eventer: Any, task: Task) -> bool:
 
 class _TaskRequest(TaskRequest):  # type: ignore[misc]  # the host ships no types
     """What bodies know as ``task.request``. Celery's own collects the names of its attributes for each."""
+
+    _protected = 1
+    """As while Celery's tracer calls a task: who calls it in its body has another request."""
 
     @override
     def _get_custom_headers(self, fields: dict[str, Any], **_: Any) -> dict[str, Any] | None:
@@ -118,8 +121,13 @@ class BodyFirst:
             or request.chord
             or not (self.is_result_dropped or get_actual_ignore_result(self.task, request))
             or signals.task_success.receivers
-            or not all(map(_hears_failures_only, signals.task_postrun.receivers))
+            or self.is_end_heard_of
         )
+
+    @property
+    def is_end_heard_of(self) -> bool:
+        """Whether a receiver is to hear that a run ended, even one that was terminated."""
+        return not all(map(_hears_failures_only, signals.task_postrun.receivers))
 
 
 def _hears_failures_only(entry: Any) -> bool:
@@ -159,7 +167,7 @@ class BodyFirstRun(PoolRun):
     @override
     def trace(self) -> None:
         """Have Celery account for a run that has ended."""
-        ENDED_BODY.set(self._body)
+        ENDED_BODY.set(_Dropped() if self._is_dropped else self._body)
         self.account()
 
     def begin(self) -> None:
@@ -193,10 +201,10 @@ class BodyFirstRun(PoolRun):
         assert self._body is not None
         self._body.context.run(self._leave)
         self.is_on_loop = False
-        if self._is_dropped:
+        if self._is_dropped and not self._first.is_end_heard_of:
             self._body = None
             self._pool.end_on_loop(self)
-        elif self._body.has_failed or self._first.is_heard_of(self._task_request):
+        elif self._is_dropped or self._body.has_failed or self._first.is_heard_of(self._task_request):
             self._pool.trace_ended(self)
         else:
             self._succeed(self._body.outcome(), time.monotonic() - self._began_s)
@@ -233,6 +241,14 @@ class BodyFirstRun(PoolRun):
         found = self._first.trace(request)(request.id, request.args, request.kwargs, request.request_dict)
         outcome, info, took_s, shown = found
         return (1, outcome, took_s) if info else (0, shown, took_s)
+
+
+class _Dropped:
+    """What Celery's tracer finds in place of the body of a run that was terminated."""
+
+    def outcome(self) -> None:
+        """End the tracer, which tells receivers of ``task_postrun``, and stores nothing."""
+        raise DroppedError
 
 
 def _embedded(request: Any) -> dict[str, Any]:

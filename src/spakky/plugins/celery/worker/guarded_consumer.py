@@ -82,7 +82,8 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # the host ships no type
         connection = self.app.connection_for_read(heartbeat=heartbeat)
         is_batching = self.app.conf.get(AMQP_BATCHES_SETTING, True)
         if is_batching and connection.get_transport_cls() is pyamqp.Transport:
-            connection.transport_cls = amqp_batches.Transport
+            # Of this connection alone; its transport_cls is what logs and ``inspect stats`` call it by.
+            connection.get_transport_cls = lambda: amqp_batches.Transport
         if connection.transport.driver_name == _PY_AMQP:
             connection.transport_options["frame_handler"] = read_frames
         return self.ensure_connected(connection)

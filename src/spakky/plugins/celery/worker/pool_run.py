@@ -18,7 +18,7 @@ from spakky.plugins.celery.common.task_body import SUSPEND, TaskBody
 from spakky.plugins.celery.worker.job_threads import JobThreads
 from spakky.plugins.celery.worker.round_trips import RoundTrips
 
-__all__ = ["Pool", "PoolRun", "Tracer"]
+__all__ = ["DroppedError", "Pool", "PoolRun", "Tracer"]
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,189 @@
+"""An application whose ``async def`` tasks end in every way, and tell what they saw of their request."""
+
+import asyncio
+import os
+import threading
+from typing import Any, override
+
+from celery import Celery, current_task, signals
+from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
+from spakky.core.application.application import SpakkyApplication
+from spakky.core.pod.annotations.pod import Pod
+from spakky.task import TaskHandler, task
+from spakky.tracing import TraceContext
+
+from spakky.plugins.celery.common.customizer import CeleryCustomizer
+from spakky.plugins.celery.options import RetryPolicy, task_options
+from spakky.plugins.celery.run import current_run
+from support.probe import build, record
+
+SIGNALS = "FIRST_SIGNALS"
+"""Variable with the names of signals that are recorded, by commas."""
+
+QUICK = RetryPolicy(max_retries=2, backoff=0.05, backoff_max=0.05, jitter=False)
+
+
+@Pod(scope=Pod.Scope.PROTOTYPE)
+class Fresh:
+    """What each handler has one of."""
+
+
+@TaskHandler()
+class Ends:
+    """Tasks that end in every way."""
+
+    @task
+    async def value(self, text: str) -> str:
+        return text
+
+    @task
+    async def wait(self, seconds: float) -> float:
+        await asyncio.sleep(seconds)
+        return seconds
+
+    @task
+    async def fail(self, text: str) -> None:
+        raise ValueError(text)
+
+    @task
+    async def fail_later(self, text: str) -> None:
+        await asyncio.sleep(0.01)
+        raise KeyError(text)
+
+    @task
+    async def mismatch(self) -> int:
+        return "no number"  # type: ignore[return-value]  # what is tested
+
+    @task_options(retry=QUICK)
+    @task
+    async def flaky(self, text: str) -> str:
+        await asyncio.sleep(0)
+        if current_run().retries < 2:
+            raise OSError(text)
+        return f"{text} at last"
+
+    @task_options(retry=QUICK)
+    @task
+    async def hopeless(self, text: str) -> str:
+        raise OSError(text)
+
+    @task
+    async def ignore(self) -> None:
+        raise Ignore
+
+    @task
+    async def reject(self) -> None:
+        raise Reject(None, requeue=False)
+
+    @task
+    async def end_process(self) -> None:
+        raise SystemExit(3)
+
+    @task_options(soft_time_limit=0.3)
+    @task
+    async def warned(self) -> str:
+        try:
+            await asyncio.sleep(3600)
+        except SoftTimeLimitExceeded:
+            return "warned"
+        return "never"
+
+    @task_options(soft_time_limit=0.3)
+    @task
+    async def warned_in_vain(self) -> None:
+        await asyncio.sleep(3600)
+
+    @task_options(time_limit=0.3)
+    @task
+    async def killed(self) -> None:
+        await asyncio.sleep(3600)
+
+    @task_options(soft_time_limit=0.2, time_limit=0.4)
+    @task
+    async def quick_with_limits(self) -> str:
+        return "within them"
+
+    @task
+    async def leave_behind(self) -> str:
+        self.left = asyncio.create_task(asyncio.sleep(3600), name="left behind")
+        return "gone"
+
+    @task
+    async def hold(self, tag: str) -> None:
+        record("holding", tag=tag)
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            record("cleaned up", tag=tag)
+
+    @task
+    async def total(self, numbers: list[int]) -> int:
+        return sum(numbers)
+
+    @task
+    async def double(self, number: int) -> int:
+        return 2 * number
+
+    @task
+    async def look(self, text: str, *, mark: int = 0) -> dict[str, Any]:
+        """Tell all that is known of the run, and whether it is the same wherever it is asked for."""
+        before = who()
+        await asyncio.sleep(0.01)
+        child, threaded = await asyncio.gather(asyncio.create_task(ask()), asyncio.to_thread(who))
+        request = vars(current_task.request)
+        trace = TraceContext.get()
+        return {
+            "who": [before, who(), child, threaded],
+            "request": {name: repr(value) for name, value in request.items() if name != "_protected"},
+            "trace": trace is not None and len(trace.trace_id) == 32 and len(trace.span_id) == 16,
+            "thread": threading.current_thread().name,
+            "deadline": current_run().deadline,
+            "redelivered": current_run().is_redelivered,
+        }
+
+
+def who() -> list[Any]:
+    """Name the run by all that names it."""
+    return [current_task.request.id, current_run().task_id, current_task.name, current_run().name]
+
+
+async def ask() -> list[Any]:
+    await asyncio.sleep(0)
+    return who()
+
+
+@Pod(scope=Pod.Scope.PROTOTYPE)
+@TaskHandler()
+class Prototypes:
+    """A handler that is made for each run."""
+
+    def __init__(self) -> None:
+        record("made", thread=threading.current_thread().name)
+
+    @task
+    async def count(self) -> None:
+        record("counted")
+
+
+@Pod()
+class RecordsSignals(CeleryCustomizer):
+    """Records what Celery's signals tell of each run."""
+
+    @override
+    def customize(self, celery: Celery) -> None:
+        self._receivers = [self._connect(name) for name in os.environ.get(SIGNALS, "").split(",") if name]
+
+    @staticmethod
+    def _connect(name: str) -> Any:
+        def tell(sender: Any, **facts: Any) -> None:
+            task_id = facts.get("task_id") or sender.request.id
+            shown = {key: repr(facts[key]) for key in ("args", "kwargs", "retval", "result", "state") if key in facts}
+            record("signal", name=name, id=task_id, current=current_task.request.id, **shown)
+
+        getattr(signals, f"task_{name}").connect(tell)
+        return tell
+
+
+def create_app() -> SpakkyApplication:
+    """Build the application, not started."""
+    return build(Ends, RecordsSignals)
