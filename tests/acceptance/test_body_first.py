@@ -16,6 +16,7 @@ from spakky.plugins.celery.dispatch import TaskDispatcher
 from support.first_app import SIGNALS, Ends, create_app
 from support.fixtures import Bench, bench, celery_of
 from support.processes import wait_until
+from support.semantics import node_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -50,7 +51,10 @@ CONFIGURATIONS: dict[str, tuple[bool, tuple[str, ...], dict[str, str]]] = {
 ENDS = re.compile(r" (succeeded in|raised unexpected|ignored|reject requeue|Hard time limit|Task handler raised)")
 MOMENT = re.compile(r"\d+\.\d+(e-\d+)?s\b")
 OWN = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{8}@test|test-[0-9a-f]{12}|gen\d+@\S+'")
-DIFFERENT = {"hostname", "pid", "timestamp", "local_received", "clock", "utcoffset", "runtime", "uuid", "root_id"}
+DIFFERENT = {"eta", "hostname", "pid", "timestamp", "local_received", "clock", "utcoffset", "runtime"} | {
+    "uuid",
+    "root_id",
+}
 
 
 def normalize(text: str) -> str:
@@ -99,6 +103,12 @@ def stored(result: AsyncResult) -> Any:
     return [result.state, repr(result.result), result.traceback is not None]
 
 
+def seen_of(event: dict[str, Any]) -> str:
+    """Give what an event tells, but for the frames of a traceback. A retry's may come before those of its run end."""
+    told = {key: normalize(str(value)) for key, value in event.items() if key not in DIFFERENT}
+    return json.dumps(told | ({"traceback": "is there"} if "traceback" in told else {}), sort_keys=True)
+
+
 def observe(kind: str, folder: Path, name: str, body_first: str) -> dict[str, Any]:
     """Run a task that ends in each way on one worker, and tell all that is seen of each."""
     is_ignored, options, environment = CONFIGURATIONS[name]
@@ -125,16 +135,13 @@ def observe(kind: str, folder: Path, name: str, body_first: str) -> dict[str, An
             )
             states = {way: None if is_ignored else stored(celery.AsyncResult(task_id)) for way, task_id in ids.items()}
             worker.worker.stop()
+            last = {"type": "worker-offline", "hostname": node_of(worker)}
+            wait_until(lambda: any(last.items() <= event.items() for event in events))
         return {
             way: {
                 "stored": states[way] and normalize(json.dumps(states[way])),
                 "lines": sorted(normalize(line) for line in lines_of(worker, task_id)),
-                "events": [
-                    {key: normalize(str(value)) for key, value in event.items() if key not in DIFFERENT}
-                    | ({"traceback": "is there"} if "traceback" in event else {})
-                    for event in events
-                    if event.get("uuid") == task_id
-                ],
+                "events": sorted(seen_of(event) for event in events if event.get("uuid") == task_id),
                 "signals": [
                     {key: normalize(str(value)) for key, value in event.items() if key != "pid"}
                     for event in worker.events(event="signal", id=task_id)
