@@ -59,6 +59,12 @@ def test_messages_of_others_are_decoded_by_annotation_or_fail_without_a_retry(wo
     }
     assert places == {"value at $.title", "value at $.price", "by_keyword at $.parts[0].price"}
     assert f"{wrong.id}] retry" not in worker.worker.output
+    with pytest.raises(TaskArgumentsError) as caught:
+        celery.send_task(name, [{**line, "title": 5}], {"keyword": line}).get(timeout=90)
+    unknown, missing, title = caught.value.problems
+    assert unknown == "got an unexpected keyword argument 'keyword'"
+    assert missing == "missing a required argument: 'by_keyword'"
+    assert title.startswith("value at $.title should be")
 
 
 def test_a_result_that_is_not_what_its_annotation_says_fails_its_task(worker: Bench) -> None:

@@ -188,6 +188,63 @@ def test_all_bad_arguments_are_told_at_once_with_their_places() -> None:
     assert all(problem in str(caught.value) for problem in caught.value.problems)
 
 
+def test_what_has_no_place_and_what_does_not_fit_is_told_together() -> None:
+    """Missing, unknown, doubled and surplus arguments, all of them, and beside them the values that do not fit."""
+
+    def run(self, first: int, second: UUID, *, third: bool, fourth: date) -> None: ...
+
+    def rest(self, first: int, /, *rest: int, second: UUID = ID, **more: bool) -> None: ...
+
+    codec = codec_for(run)
+    for convert, third in ((codec.encode_arguments, "yes"), (codec.decode_arguments, "maybe")):
+        with pytest.raises(TaskArgumentsError) as caught:
+            convert(("one",), {"third": third, "fith": 1, "first": 2})
+        *misfits, first, third_problem = caught.value.problems
+        assert misfits == [
+            "got an unexpected keyword argument 'fith'",
+            "multiple values for argument 'first'",
+            "missing a required argument: 'second'",
+            "missing a required argument: 'fourth'",
+        ]
+        assert first.startswith("first at $ should be a valid integer")
+        assert third_problem.startswith("third at $ should be a valid boolean")
+        assert all(problem in str(caught.value) for problem in caught.value.problems)
+    with pytest.raises(TaskArgumentsError) as caught:
+        codec.encode_arguments((1, "no id", 3), {"third": True, "fourth": date(2026, 1, 2)})
+    surplus, second = caught.value.problems
+    assert surplus == "too many positional arguments"
+    assert second.startswith("second at $ should be")
+    with pytest.raises(TaskArgumentsError) as caught:
+        codec_for(rest).encode_arguments((), {"first": 1, "second": "no id"})
+    missing, first, second = caught.value.problems
+    assert missing == "missing a required argument: 'first'"
+    assert first.startswith("more at $ should be a valid boolean")
+    assert second.startswith("second at $ should be")
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((), {}),
+        ((1,), {}),
+        ((), {"second": 2}),
+        ((1, 2, 3), {"third": True}),
+        ((1,), {"first": 1, "third": True}),
+        ((1,), {"third": True, "fourth": 4}),
+    ],
+)
+def test_plain_values_need_a_place_too(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Values that need no conversion are looked at more quickly, and must fit the parameters all the same."""
+
+    def run(self, first: int, second: int = 0, *, third: bool) -> None: ...
+
+    codec = codec_for(run)
+    assert codec.encode_arguments((1,), {"second": 2, "third": True}) == ((1,), {"second": 2, "third": True})
+    for convert in (codec.encode_arguments, codec.decode_arguments):
+        with pytest.raises(TaskArgumentsError, match=r"missing|too many|multiple|unexpected"):
+            convert(args, kwargs)
+
+
 def test_no_argument_is_quoted_where_one_is_sensitive() -> None:
     """Arguments may be mixed up, and the secret be in the place of another."""
 

@@ -138,6 +138,7 @@ class TaskCodec:
         Raises:
             UnsupportedTaskMethodError: If the values of one cannot travel.
         """
+        self._method = method
         self._task = method.name
         self._signature = str(method.signature)
         hints = resolve_hints(method)
@@ -153,6 +154,12 @@ class TaskCodec:
         self._positions = [name for name, kind in kinds.items() if kind in _POSITIONAL]
         self._quick_positions = tuple(self._codecs[name].quick for name in self._positions)
         self._quick_keywords = {name: self._codecs[name].quick for name, kind in kinds.items() if kind in _BY_KEYWORD}
+        required = [name for name in self._quick_keywords if parameters[name].default is Parameter.empty]
+        taken = [frozenset(self._positions[:count]) for count in range(len(self._positions) + 1)]
+        self._taken = taken
+        """Names of parameters that so many positional arguments fill."""
+        self._required = [frozenset(required) - names for names in taken]
+        """Names of parameters that then need a keyword."""
         self._rest = next((name for name, kind in kinds.items() if kind is Parameter.VAR_POSITIONAL), "")
         self._others = next((name for name, kind in kinds.items() if kind is Parameter.VAR_KEYWORD), "")
         self._result = _make_codec(method, "the result", hints.get("return", _UNKNOWN))
@@ -181,7 +188,7 @@ class TaskCodec:
         """Check the caller's arguments strictly, and give what goes into the message, as they were passed.
 
         Raises:
-            TaskArgumentsError: With everything that does not fit.
+            TaskArgumentsError: With everything that does not fit the parameters, or their annotations.
         """
         return self._convert(_ValueCodec.encode, args, kwargs)
 
@@ -193,7 +200,7 @@ class TaskCodec:
         """Make typed values of what was in a message.
 
         Raises:
-            TaskArgumentsError: With everything that does not fit.
+            TaskArgumentsError: With everything that does not fit the parameters, or their annotations.
         """
         return self._convert(_ValueCodec.decode, args, kwargs)
 
@@ -226,17 +233,20 @@ class TaskCodec:
 
     def _are_quick(self, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
         """Whether all are JSON as they are, and fit: of most calls all are."""
-        if len(args) > len(self._quick_positions):
+        count = len(args)
+        if count > len(self._quick_positions) or not self._required[count] <= kwargs.keys():
             return False
         for quick, value in zip(self._quick_positions, args):  # noqa: B905  # strict takes a third of the time
             if type(value) not in quick:
                 return False
-        return not kwargs or all(
+        if not kwargs:
+            return True
+        return self._taken[count].isdisjoint(kwargs) and all(
             type(value) in self._quick_keywords.get(name, _NOTHING) for name, value in kwargs.items()
         )
 
     def _pair(self, args: tuple[object, ...]) -> list[tuple[str, object]]:
-        """Give each argument with its parameter; that they fit was seen before."""
+        """Give each argument with its parameter; an empty name where it has none."""
         rest = [self._rest] * (len(args) - len(self._positions))
         return list(zip([*self._positions, *rest], args, strict=False))
 
@@ -251,11 +261,11 @@ class TaskCodec:
     ) -> tuple[tuple[object, ...], dict[str, object]]:
         if self._are_quick(args, kwargs):
             return args, kwargs
-        problems: list[str] = []
+        problems = self._method.find_misfits(args, kwargs)
 
         def convert_one(parameter: str, value: object) -> object:
-            codec = self._codecs[parameter]
-            if type(value) in codec.quick or value is PREVIOUS:
+            codec = self._codecs.get(parameter)
+            if codec is None or type(value) in codec.quick or value is PREVIOUS:
                 return value
             try:
                 return convert(codec, value)
