@@ -2,10 +2,14 @@
 
 import json
 import os
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
+from fractions import Fraction
+from ipaddress import IPv4Address
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, Unpack
 from uuid import UUID
 
@@ -18,6 +22,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SecretBytes,
     SecretStr,
     TypeAdapter,
     computed_field,
@@ -28,7 +33,22 @@ from spakky.task import task
 from spakky.plugins.celery.codec import Sensitive, TaskCodec, codec_of
 from spakky.plugins.celery.common.task_method import find_task_methods
 from spakky.plugins.celery.error import TaskArgumentsError, TaskResultMismatchError, UnsupportedTaskMethodError
-from support.kinds import ID, KINDS, Cat, Colour, Invoice, Line, Options, Page, Tag
+from support.kinds import (
+    ID,
+    KINDS,
+    AccountId,
+    Cat,
+    Colour,
+    Dog,
+    Invoice,
+    Level,
+    Line,
+    Options,
+    Page,
+    Place,
+    Tag,
+    Tree,
+)
 
 SERIALIZERS = ("json", "msgpack")
 EXAMPLES = int(os.environ.get("SPAKKY_TEST_EXAMPLES", "50"))
@@ -104,37 +124,78 @@ def test_not_a_number_comes_back() -> None:
         assert str(back) == "[nan]"
 
 
+WHOLE = st.integers(-(2**63), 2**63 - 1)
+"""All that msgpack has a form for."""
+DECIMALS = st.decimals(allow_nan=False, allow_infinity=False)
+OFFSETS = st.timedeltas(timedelta(hours=-23), timedelta(hours=23)).map(
+    lambda offset: timezone(timedelta(minutes=offset // timedelta(minutes=1)))
+)
+LINES = st.recursive(
+    st.builds(Line, st.text(), DECIMALS, st.binary(), st.just([])),
+    lambda inner: st.builds(Line, st.text(), DECIMALS, st.binary(), st.lists(inner, max_size=2)),
+    max_leaves=3,
+)
+INVOICES = st.builds(
+    Invoice,
+    number=st.uuids(),
+    lines=st.lists(LINES, max_size=2),
+    token=st.text().map(SecretStr),
+    raw=st.binary(),
+    parent=st.none() | st.builds(Invoice, number=st.uuids(), lines=st.just([]), parent=st.none(), extra=st.none()),
+    extra=st.recursive(st.none() | st.booleans() | WHOLE | st.text(), lambda inner: st.lists(inner, max_size=2)),
+)
+TREES = st.recursive(WHOLE, lambda inner: st.dictionaries(st.text(), inner, max_size=2), max_leaves=4)
 SCALARS: list[tuple[Any, st.SearchStrategy[Any]]] = [
+    (Level, st.sampled_from(Level)),
+    (Literal["a", 1], st.sampled_from(["a", 1])),
+    (AccountId, st.integers(-9, 9)),
+    (Annotated[int, Field(gt=3)], st.integers(4, 2**63 - 1)),
+    (Path, st.text().map(Path)),
+    (Fraction, st.fractions()),
+    (complex, st.complex_numbers(allow_nan=False)),
+    (IPv4Address, st.ip_addresses(v=4)),
+    (SecretStr, st.text().map(SecretStr)),
+    (SecretBytes, st.binary().map(SecretBytes)),
+    (Annotated[str, Sensitive()], st.text()),
+    (Place, st.builds(Place, st.integers(-9, 9), st.text())),
+    (Tree, TREES),
+    (Invoice, INVOICES),
+    (Cat | Dog, st.builds(Cat, name=st.text()) | st.builds(Dog, name=st.text())),
     (bool, st.booleans()),
-    (int, st.integers(-(2**63), 2**63 - 1)),
+    (int, WHOLE),
     (float, st.floats(allow_nan=False)),
     (str, st.text()),
     (bytes, st.binary()),
-    (datetime, st.datetimes(timezones=st.none() | st.just(UTC))),
+    (datetime, st.datetimes(timezones=st.none() | st.just(UTC) | OFFSETS)),
     (date, st.dates()),
     (time, st.times()),
     (timedelta, st.timedeltas(timedelta(days=-99999), timedelta(days=99999))),
-    (Decimal, st.decimals(allow_nan=False, allow_infinity=False)),
+    (Decimal, DECIMALS),
     (UUID, st.uuids()),
     (Colour, st.sampled_from(Colour)),
     (Tag, st.sampled_from(Tag)),
-    (Line, st.builds(Line, st.text(), st.decimals(allow_nan=False, allow_infinity=False), st.binary(), st.just([]))),
+    (Line, LINES),
     (Options, st.fixed_dictionaries({"copies": st.integers(0, 9)}, optional={"stamp": st.binary()})),
     (int | None, st.none() | st.integers(-9, 9)),
     (date | datetime, st.dates() | st.datetimes()),
     (int | float | Decimal, st.integers(-9, 9) | st.floats(-9, 9) | st.decimals(-9, 9)),
     (int | str | None, st.none() | st.text() | st.integers(-9, 9)),
 ]
-KEYS = (str, int, UUID, date, Colour, bytes, Decimal)
+KEYS = (str, int, UUID, date, Colour, bytes, Decimal, datetime, Path, Tag)
 
 
 def containers(inner: tuple[Any, st.SearchStrategy[Any]]) -> st.SearchStrategy[tuple[Any, st.SearchStrategy[Any]]]:
     """Containers of a kind."""
     annotation, values = inner
-    keys = [(key, dict(SCALARS)[key]) for key in KEYS]
+    keys = [(key, strategy) for key, strategy in SCALARS if key in KEYS]
     return st.sampled_from(
         [
             (list[annotation], st.lists(values, max_size=3)),
+            (deque[annotation], st.lists(values, max_size=3).map(deque)),
+            (annotation | None, st.none() | values),
+            (Page[annotation], st.builds(Page[annotation], items=st.lists(values, max_size=3))),
+            *((set[key], st.sets(strategy, max_size=3)) for key, strategy in keys),
+            *((frozenset[key], st.frozensets(strategy, max_size=3)) for key, strategy in keys),
             (tuple[annotation, int], st.tuples(values, st.integers(0, 9))),
             (tuple[annotation, ...], st.lists(values, max_size=3).map(tuple)),
             *((dict[key, annotation], st.dictionaries(strategy, values, max_size=3)) for key, strategy in keys),
@@ -160,8 +221,12 @@ def test_any_value_comes_back(typed: tuple[Any, Any], serializer: str) -> None:
 
 def shape(value: object) -> object:
     """Types at every depth."""
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | deque):
         return type(value), [shape(part) for part in value]
+    if isinstance(value, set | frozenset):
+        return type(value), {type(part) for part in value}
+    if isinstance(value, BaseModel | Line):
+        return type(value), shape(vars(value))
     if isinstance(value, dict):
         return dict, {key: (type(key), shape(part)) for key, part in value.items()}
     return type(value)
