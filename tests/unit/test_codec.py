@@ -10,7 +10,7 @@ from decimal import Decimal
 from fractions import Fraction
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, Unpack
+from typing import Annotated, Any, Literal, Never, NoReturn, TypedDict, Unpack
 from uuid import UUID
 
 import pytest
@@ -569,6 +569,54 @@ def test_the_refusal_names_handler_method_and_parameter() -> None:
     assert caught.value.handler.endswith("Handler")
     assert caught.value.method == "run"
     assert "parameter 'socket' is annotated with" in caught.value.reason
+
+
+class Unfinished(BaseModel):
+    value: "OnlyForTypeCheckers"  # noqa: F821  # that is the case
+
+
+class Failing:
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        message = "no schema today"
+        raise RuntimeError(message)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "reason"),
+    [
+        (Unfinished, "name 'OnlyForTypeCheckers' is not defined"),
+        (list[Unfinished], "name 'OnlyForTypeCheckers' is not defined"),
+        (Failing, "no schema today"),
+        (dict.__class_getitem__(str), "Expected two type arguments"),
+        (Annotated[str, Sensitive], "Sensitive"),
+        ("list[", "Forward reference must be an expression"),
+        ("1 / 0", "division by zero"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_its_place_too(annotation: Any, reason: str) -> None:
+    """Whatever pydantic, a class of the user's or Python itself raises for an annotation, the place is told."""
+
+    def run(self, value): ...
+
+    run.__annotations__ = {"value": annotation}
+    with pytest.raises(UnsupportedTaskMethodError) as caught:
+        codec_for(run)
+    assert caught.value.method == "run"
+    assert "'value'" in caught.value.reason
+    assert reason in caught.value.reason
+
+
+@pytest.mark.parametrize("annotation", [NoReturn, Never])
+def test_a_task_that_never_returns_needs_no_form(annotation: Any) -> None:
+    """There is no value that had to travel; one that comes all the same is no result."""
+
+    def run(self): ...
+
+    run.__annotations__ = {"return": annotation}
+    codec = codec_for(run)
+    with pytest.raises(TaskResultMismatchError):
+        codec.encode_result(5)
 
 
 def test_a_result_that_cannot_travel_is_refused() -> None:

@@ -33,6 +33,7 @@ _BY_IDENTITY: Final[Any] = object.__eq__
 _NUMBERS: Final[dict[str, Any]] = {"inf_nan_mode": "constants"}
 _NOT_A_NUMBER: Final = b"NaN"
 """In JSON: it is equal to nothing, so that its way back cannot be checked."""
+_NEVER: Final = (typing.Never, typing.NoReturn)
 _NOTHING: Final[frozenset[type]] = frozenset()
 _QUICK: Final[dict[Any, frozenset[type]]] = {
     str: frozenset({str}),
@@ -305,12 +306,20 @@ def _make_codec(method: TaskMethod, what: str, annotation: Any) -> _ValueCodec:
     except WireSchemaError as error:
         reason = f"{what} is annotated with {_to_text(annotation)}, whose values cannot be in a message: {error}."
         instead = "Give it a type that has a form in JSON; docs/how-to.md has a table of them."
-        raise UnsupportedTaskMethodError(to_qualified_name(method.handler), method.attribute, reason, instead) from None
+        raise _to_refusal(method, reason, instead) from None
+
+
+def _to_refusal(method: TaskMethod, reason: str, instead: str) -> UnsupportedTaskMethodError:
+    return UnsupportedTaskMethodError(to_qualified_name(method.handler), method.attribute, reason, instead)
 
 
 @lru_cache(maxsize=4096)
 def resolve_hints(method: TaskMethod) -> dict[str, Any]:
-    """Read a method's annotations, with the handler class's own types in place of its generic bases' variables."""
+    """Read a method's annotations, with the handler class's own types in place of its generic bases' variables.
+
+    Raises:
+        UnsupportedTaskMethodError: If one cannot be evaluated, for another reason than a name that is not there.
+    """
     scope = {variable.__name__: variable for class_ in method.handler.__mro__ for variable in _type_parameters(class_)}
     given = _type_arguments(method.handler)
     hints = {}
@@ -321,6 +330,9 @@ def resolve_hints(method: TaskMethod) -> dict[str, Any]:
         except (NameError, AttributeError) as error:
             logger.warning("%s: the annotation of %r is ignored: %s", method.location, name, error)
             continue
+        except Exception as error:
+            reason = f"the annotation of {name!r} cannot be read: {type(error).__name__}: {error}."
+            raise _to_refusal(method, reason, "Write an annotation that Python can evaluate.") from error
         if get_origin(hint) is not typing.Unpack:
             hints[name] = _substitute(_to_awaited(hint) if name == "return" else hint, given)
     return hints
@@ -350,8 +362,9 @@ def _substitute(hint: Any, given: dict[Any, Any]) -> Any:
 
 
 def _to_awaited(hint: Any) -> Any:
-    """See through what a function that is no ``async def`` says of its coroutine."""
-    return get_args(hint)[-1] if get_origin(hint) in {Awaitable, Coroutine} else hint
+    """See through what a function that is no ``async def`` says of its coroutine; what never comes is None."""
+    awaited = get_args(hint)[-1] if get_origin(hint) in {Awaitable, Coroutine} else hint
+    return None if awaited in _NEVER else awaited
 
 
 def _to_quick(annotation: Any) -> frozenset[type]:
