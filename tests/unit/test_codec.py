@@ -10,7 +10,7 @@ from decimal import Decimal
 from fractions import Fraction
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Annotated, Any, Literal, Never, NoReturn, TypedDict, Unpack
+from typing import Annotated, Any, Literal, Never, NoReturn, NotRequired, TypedDict, Unpack
 from uuid import UUID
 
 import pytest
@@ -665,10 +665,53 @@ def test_what_a_function_says_of_its_awaitable_is_the_type_of_its_result() -> No
     assert codec_for(run).encode_result(date(2026, 1, 2)) == "2026-01-02"
 
 
-def test_keywords_of_an_unpacked_typed_dict_pass_as_unannotated() -> None:
-    def run(self, **options: Unpack[Options]) -> None: ...
+class Payment(TypedDict):
+    card: Annotated[str, Sensitive()]
+    due: NotRequired[date]
 
-    assert codec_for(run).encode_arguments((), {"copies": 1}) == ((), {"copies": 1})
+
+def test_keywords_of_an_unpacked_typed_dict_are_typed() -> None:
+    """Its fields are parameters: of their types, missing where they are required, and no others."""
+
+    def run(self, first: int = 0, **payment: Unpack[Payment]) -> None: ...
+
+    codec = codec_for(run)
+    args, kwargs = codec.encode_arguments((), {"card": "4111", "due": date(2026, 1, 2)})
+    assert (args, kwargs) == ((), {"card": "4111", "due": "2026-01-02"})
+    assert codec.decode_arguments(args, kwargs) == ((), {"card": "4111", "due": date(2026, 1, 2)})
+    assert codec.encode_arguments((1,), {"card": "4111"}) == ((1,), {"card": "4111"})
+    assert codec.masked_reprs((), kwargs)["kwargsrepr"] == "{'card': <sensitive>, 'due': '2026-01-02'}"
+    for convert in (codec.encode_arguments, codec.decode_arguments):
+        with pytest.raises(TaskArgumentsError) as caught:
+            convert((), {"due": "canary", "crad": "canary"})
+        unknown, missing, due = caught.value.problems
+        assert missing == "missing a required argument: 'card'"
+        assert unknown == "got an unexpected keyword argument 'crad'"
+        assert due.startswith("due at $ should be another value")
+        with pytest.raises(TaskArgumentsError, match="missing a required argument: 'card'"):
+            convert((1,), {})
+
+
+def test_an_unpacked_tuple_passes_as_unannotated() -> None:
+    class Base[*Ts]:
+        @task
+        def run(self, *args: *Ts) -> None: ...
+
+    class Heir(Base[int, str]): ...
+
+    for handler in (Base, Heir):
+        (method,) = find_task_methods(handler)
+        assert codec_of(method).encode_arguments((1, "a"), {}) == ((1, "a"), {})
+
+
+def test_a_field_of_an_unpacked_typed_dict_that_cannot_travel_is_refused() -> None:
+    class Wrong(TypedDict, total=False):
+        call: Callable[[], int]
+
+    def run(self, **options: Unpack[Wrong]) -> None: ...
+
+    with pytest.raises(UnsupportedTaskMethodError, match="parameter 'call' is annotated with"):
+        codec_for(run)
 
 
 # Messages of others

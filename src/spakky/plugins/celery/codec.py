@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 from pydantic_core import ErrorDetails, ValidationError, to_json
 
 from spakky.plugins.celery.common.previous import PREVIOUS
-from spakky.plugins.celery.common.task_method import TaskMethod, to_qualified_name
+from spakky.plugins.celery.common.task_method import TaskMethod, find_misfits, to_qualified_name
 from spakky.plugins.celery.common.wire_schema import Sensitive, WireSchema, WireSchemaError, to_path
 from spakky.plugins.celery.error import TaskArgumentsError, TaskResultMismatchError, UnsupportedTaskMethodError
 
@@ -33,6 +33,7 @@ _BY_IDENTITY: Final[Any] = object.__eq__
 _NUMBERS: Final[dict[str, Any]] = {"inf_nan_mode": "constants"}
 _NOT_A_NUMBER: Final = b"NaN"
 """In JSON: it is equal to nothing, so that its way back cannot be checked."""
+_QUALIFIERS: Final = (typing.Required, typing.NotRequired, getattr(typing, "ReadOnly", typing.Required))
 _NEVER: Final = (typing.Never, typing.NoReturn)
 _NOTHING: Final[frozenset[type]] = frozenset()
 _QUICK: Final[dict[Any, frozenset[type]]] = {
@@ -139,14 +140,12 @@ class TaskCodec:
         Raises:
             UnsupportedTaskMethodError: If the values of one cannot travel.
         """
-        self._method = method
         self._task = method.name
         self._signature = str(method.signature)
-        hints = resolve_hints(method)
-        parameters = method.signature.parameters
-        self._codecs = {
-            name: _make_codec(method, f"parameter {name!r}", hints.get(name, _UNKNOWN)) for name in parameters
-        }
+        typed = _to_typed_parameters(method)
+        parameters = {name: parameter for name, (parameter, _) in typed.items()}
+        self._parameters = parameters
+        self._codecs = {name: _make_codec(method, f"parameter {name!r}", hint) for name, (_, hint) in typed.items()}
         self._has_sensitive_arguments = any(codec.is_sensitive for codec in self._codecs.values())
         if self._has_sensitive_arguments:
             for codec in self._codecs.values():
@@ -163,7 +162,7 @@ class TaskCodec:
         """Names of parameters that then need a keyword."""
         self._rest = next((name for name, kind in kinds.items() if kind is Parameter.VAR_POSITIONAL), "")
         self._others = next((name for name, kind in kinds.items() if kind is Parameter.VAR_KEYWORD), "")
-        self._result = _make_codec(method, "the result", hints.get("return", _UNKNOWN))
+        self._result = _make_codec(method, "the result", resolve_hints(method).get("return", _UNKNOWN))
 
     @property
     def has_sensitive_arguments(self) -> bool:
@@ -262,7 +261,7 @@ class TaskCodec:
     ) -> tuple[tuple[object, ...], dict[str, object]]:
         if self._are_quick(args, kwargs):
             return args, kwargs
-        problems = self._method.find_misfits(args, kwargs)
+        problems = find_misfits(self._parameters, args, kwargs)
 
         def convert_one(parameter: str, value: object) -> object:
             codec = self._codecs.get(parameter)
@@ -333,9 +332,34 @@ def resolve_hints(method: TaskMethod) -> dict[str, Any]:
         except Exception as error:
             reason = f"the annotation of {name!r} cannot be read: {type(error).__name__}: {error}."
             raise _to_refusal(method, reason, "Write an annotation that Python can evaluate.") from error
-        if get_origin(hint) is not typing.Unpack:
-            hints[name] = _substitute(_to_awaited(hint) if name == "return" else hint, given)
+        is_unpacked = get_origin(hint) is typing.Unpack
+        hints[name] = hint if is_unpacked else _substitute(_to_awaited(hint) if name == "return" else hint, given)
     return hints
+
+
+def _to_typed_parameters(method: TaskMethod) -> dict[str, tuple[Parameter, Any]]:
+    """Pair parameters with annotations; the fields of a TypedDict that a ``**`` unpacks are parameters themselves."""
+    hints = resolve_hints(method)
+    typed: dict[str, tuple[Parameter, Any]] = {}
+    for name, parameter in method.signature.parameters.items():
+        hint = hints.get(name, _UNKNOWN)
+        if get_origin(hint) is not typing.Unpack:
+            typed[name] = parameter, hint
+        elif typing.is_typeddict(record := get_args(hint)[0]):
+            typed |= _to_fields(record)
+        else:
+            typed[name] = parameter, _UNKNOWN
+    return typed
+
+
+def _to_fields(record: Any) -> dict[str, tuple[Parameter, Any]]:
+    fields = {}
+    for name, hint in get_type_hints(record, include_extras=True).items():
+        while get_origin(hint) in _QUALIFIERS:
+            (hint,) = get_args(hint)  # noqa: PLW2901  # what is inside
+        default = None if name in record.__optional_keys__ else Parameter.empty
+        fields[name] = Parameter(name, Parameter.KEYWORD_ONLY, default=default), hint
+    return fields
 
 
 def _type_parameters(class_: type) -> tuple[Any, ...]:
