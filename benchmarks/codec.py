@@ -1,11 +1,10 @@
-"""What the codec costs per call and side, beside no codec, Celery's ``pydantic=True``, and JSON itself.
+"""What the codec costs per call and side, beside raw Celery's JSON, Celery's ``pydantic=True``, and code by hand.
 
     .venv/bin/python benchmarks/codec.py
 
 Figures are medians of rounds that take turns, in microseconds.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from decimal import Decimal
 from typing import Any
 
 from celery import Celery
+from kombu.serialization import dumps, loads
 from pydantic import BaseModel
 from spakky.task import task
 
@@ -59,6 +59,11 @@ def model(invoice: Invoice) -> Invoice:
     return invoice
 
 
+@celery.task(pydantic=True)
+def scalars(name: str, count: int, *, ratio: float, is_new: bool = True) -> str:  # noqa: ARG001  # as the handler has it
+    return name
+
+
 INVOICE = Invoice(number=7, lines=[Line(title="tea", price=Decimal("1.10")), Line(title="cup", price=Decimal(4))])
 CODECS = {method.attribute: codec_of(method) for method in find_task_methods(Handler)}
 ARGUMENTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
@@ -77,12 +82,21 @@ def time_one(function: Callable[[], object]) -> float:
 
 
 def sides(codec: TaskCodec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Callable[[], object]]:
-    """Both sides of a call, and of its result."""
+    """Both sides of a call, and what raw Celery does with the same arguments on each."""
     wire = codec.encode_arguments(args, kwargs)
+    body = dumps((*wire, {}), "json")
     return {
         "encode": lambda: codec.encode_arguments(args, kwargs),
+        "raw Celery's JSON, dumps": lambda: dumps((*wire, {}), "json"),
         "decode": lambda: codec.decode_arguments(*wire),
+        "raw Celery's JSON, loads": lambda: loads(body[2], body[0], body[1]),
     }
+
+
+def run_in_worker(codec: TaskCodec, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> object:
+    """Do what ``pydantic=True`` does around a body: arguments become values, and the result becomes JSON."""
+    codec.decode_arguments(args, kwargs)
+    return codec.encode_result(result)
 
 
 def main() -> None:
@@ -92,9 +106,16 @@ def main() -> None:
     dumped = INVOICE.model_dump(mode="json")
     functions["model by hand, model_dump(mode='json')"] = lambda: INVOICE.model_dump(mode="json")
     functions["model by hand, model_validate()"] = lambda: Invoice.model_validate(dumped)
-    functions["model, Celery's pydantic=True, validate and dump"] = lambda: model(dumped)
     functions["plain by hand, asdict()"] = lambda: asdict(Point(1, 2))
-    functions["scalars, json.dumps() for comparison"] = lambda: json.dumps((("tea", 3), {"ratio": 0.5}, {}))
+    args, kwargs = ARGUMENTS["scalars"]
+    functions["scalars, in a worker: decode, encode the result"] = lambda: run_in_worker(
+        CODECS["scalars"], args, kwargs, "tea"
+    )
+    functions["scalars, in a worker: Celery's pydantic=True"] = lambda: scalars(*args, **kwargs)
+    functions["model, in a worker: decode, encode the result"] = lambda: run_in_worker(
+        CODECS["model"], (dumped,), {}, INVOICE
+    )
+    functions["model, in a worker: Celery's pydantic=True"] = lambda: model(dumped)
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(ROUNDS):
         for name, function in functions.items():

@@ -1,9 +1,11 @@
 """Typed arguments and results through real workers, and what of them is never shown."""
 
 import json
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +14,11 @@ from pydantic import SecretStr
 
 from spakky.plugins.celery.dispatch import TaskDispatcher
 from spakky.plugins.celery.error import TaskArgumentsError, TaskResultMismatchError
+from support.brokers import make_broker
 from support.codec_app import CANARY, GATE, Kinds, Login, Vault, create_app, to_attribute
-from support.fixtures import Bench, bench, celery_of
+from support.fixtures import Bench, bench, celery_of, client_of, drop_queue
 from support.kinds import KINDS
-from support.processes import wait_until
+from support.processes import CELERY, make_environment, running, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -59,6 +62,63 @@ def test_messages_of_others_are_decoded_by_annotation_or_fail_without_a_retry(wo
     }
     assert places == {"value at $.title", "value at $.price", "by_keyword at $.parts[0].price"}
     assert f"{wrong.id}] retry" not in worker.worker.output
+    with pytest.raises(TaskArgumentsError) as caught:
+        celery.send_task(name, [{**line, "title": 5}], {"keyword": line}).get(timeout=90)
+    unknown, missing, title = caught.value.problems
+    assert unknown == "got an unexpected keyword argument 'keyword'"
+    assert missing == "missing a required argument: 'by_keyword'"
+    assert title.startswith("value at $.title should be")
+
+
+def test_a_raw_app_and_celerys_own_command_are_producers(worker: Bench) -> None:
+    """Neither knows a type; the task gets its own, and they get JSON back."""
+    name = f"support.codec_app.Kinds.{to_attribute('dataclass')}"
+    line = {"title": "tea", "price": "1.10", "photo": "_wA=", "parts": [{"title": "leaf", "price": "0"}]}
+    url, queue = worker.broker.broker_url, worker.broker.app_name
+    raw = Celery(set_as_current=False, broker=url, backend=worker.broker.result_backend)
+    back = raw.send_task(name, [line], {"by_keyword": line}, queue=queue).get(timeout=90)
+    assert (back["title"], back["price"], back["photo"]) == ("tea", "1.10", "_wA=")
+    arguments = ["--args", json.dumps([line]), "--kwargs", json.dumps({"by_keyword": line}), "--queue", queue]
+    called = subprocess.run(
+        [CELERY, "--broker", url, "call", name, *arguments],
+        env=make_environment({}),
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert called.returncode == 0, called.stderr
+    assert raw.AsyncResult(called.stdout.strip()).get(timeout=90) == back
+
+
+@pytest.mark.parametrize("kind", WORKERS)
+def test_a_raw_worker_is_a_consumer(kind: str, tmp_path: Path) -> None:
+    """Celery's own worker of an app that knows no type gets JSON, and what it answers is typed here."""
+    broker = make_broker(kind, tmp_path)
+    names = {name: f"support.codec_app.Kinds.{to_attribute(name)}" for name in KINDS}
+    environment = {
+        "RAW_BROKER": broker.broker_url,
+        "RAW_BACKEND": broker.result_backend,
+        "RAW_QUEUE": broker.app_name,
+        "RAW_TASKS": json.dumps(list(names.values())),
+    }
+    command = [CELERY, "-A", "support.raw_app", "worker", "--pool", "solo", "-l", "INFO"]
+    command += ["--hostname", f"{broker.app_name}@raw"]
+    try:
+        with (
+            running(command, environment, tmp_path / "worker.log", cwd=tmp_path),
+            client_of(broker, tmp_path / "log", create_app) as client,
+        ):
+            dispatcher, handler = client.container.get(TaskDispatcher), client.container.get(Kinds)
+            results = {
+                name: dispatcher.dispatch(getattr(handler, to_attribute(name)), value, by_keyword=value)
+                for name, (_, value) in KINDS.items()
+            }
+            for name, result in results.items():
+                back = result.get(timeout=90)
+                assert (name, back, type(back)) == (name, KINDS[name][1], type(KINDS[name][1]))
+    finally:
+        drop_queue(broker)
 
 
 def test_a_result_that_is_not_what_its_annotation_says_fails_its_task(worker: Bench) -> None:

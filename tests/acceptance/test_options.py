@@ -268,6 +268,17 @@ def test_retry_backoff(worker: Bench) -> None:
     assert waits[1] >= timedelta(seconds=0.2)
 
 
+def test_retry_jitter(worker: Bench) -> None:
+    """Each retry waits for a time of its own: half of the backoff at least, and less than all of it."""
+    tags = [f"at random {number}" for number in range(16)]
+    results = [worker.get(Retried).at_random(tag) for tag in tags]
+    etas = [moment(get(result)) for result in results]
+    failed = [moment(str(failures(worker, tag)[0]["now"])) for tag in tags]
+    waits = [eta - since for eta, since in zip(etas, failed, strict=True)]
+    assert min(waits) >= timedelta(seconds=0.5)
+    assert min(waits) < timedelta(seconds=1)
+
+
 @pytest.mark.parametrize(
     ("kind", "error", "runs"),
     [("flaky", Flaky, 4), ("final", Final, 1), ("other", LookupError, 1)],

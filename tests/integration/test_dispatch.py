@@ -329,6 +329,7 @@ def test_a_call_gives_a_handle(start: Callable[..., Caller], how: str) -> None:
         ((1, 2, 3), {}, "too many positional arguments"),
         ((1,), {"third": 3}, "unexpected keyword argument 'third'"),
         ((1,), {"first": 1}, "multiple values for argument 'first'"),
+        ((), {"second": "2"}, r"missing a required argument: 'first'; second at \$ should be a valid integer"),
     ],
 )
 def test_arguments_that_do_not_fit(

@@ -292,6 +292,7 @@ def test_the_caller_s_context_is_not_touched(app: SpakkyApplication, kit: Kit, t
             current_run()
     finally:
         SEEN.reset(token)
+        TraceContext.clear()
         context.clear_context()
     for result, name in zip(results, ("look", "look_async"), strict=True):
         found: Any = result.get()

@@ -207,6 +207,13 @@ class Retried:
         return int(current_task.request.retries)
 
     @task
+    @task_options(retry=RetryPolicy(max_retries=1, backoff=1, backoff_max=1))
+    def at_random(self, tag: str) -> str:
+        if current_task.request.retries < 1:
+            self._fail(tag, Flaky(tag))
+        return str(current_task.request.eta)
+
+    @task
     @task_options(retry=RetryPolicy(backoff=0, jitter=False, retry_on=Flaky, give_up_on=Final))
     def choosy(self, tag: str, kind: str) -> None:
         self._fail(tag, {"flaky": Flaky, "final": Final, "other": LookupError}[kind](tag))

@@ -2,11 +2,15 @@
 
 import json
 import os
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
-from typing import Annotated, Any, Literal, TypedDict, Unpack
+from fractions import Fraction
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Annotated, Any, Literal, Never, NoReturn, NotRequired, TypedDict, Unpack
 from uuid import UUID
 
 import pytest
@@ -18,6 +22,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SecretBytes,
     SecretStr,
     TypeAdapter,
     computed_field,
@@ -28,7 +33,22 @@ from spakky.task import task
 from spakky.plugins.celery.codec import Sensitive, TaskCodec, codec_of
 from spakky.plugins.celery.common.task_method import find_task_methods
 from spakky.plugins.celery.error import TaskArgumentsError, TaskResultMismatchError, UnsupportedTaskMethodError
-from support.kinds import ID, KINDS, Cat, Colour, Invoice, Line, Options, Page, Tag
+from support.kinds import (
+    ID,
+    KINDS,
+    AccountId,
+    Cat,
+    Colour,
+    Dog,
+    Invoice,
+    Level,
+    Line,
+    Options,
+    Page,
+    Place,
+    Tag,
+    Tree,
+)
 
 SERIALIZERS = ("json", "msgpack")
 EXAMPLES = int(os.environ.get("SPAKKY_TEST_EXAMPLES", "50"))
@@ -104,37 +124,78 @@ def test_not_a_number_comes_back() -> None:
         assert str(back) == "[nan]"
 
 
+WHOLE = st.integers(-(2**63), 2**63 - 1)
+"""All that msgpack has a form for."""
+DECIMALS = st.decimals(allow_nan=False, allow_infinity=False)
+OFFSETS = st.timedeltas(timedelta(hours=-23), timedelta(hours=23)).map(
+    lambda offset: timezone(timedelta(minutes=offset // timedelta(minutes=1)))
+)
+LINES = st.recursive(
+    st.builds(Line, st.text(), DECIMALS, st.binary(), st.just([])),
+    lambda inner: st.builds(Line, st.text(), DECIMALS, st.binary(), st.lists(inner, max_size=2)),
+    max_leaves=3,
+)
+INVOICES = st.builds(
+    Invoice,
+    number=st.uuids(),
+    lines=st.lists(LINES, max_size=2),
+    token=st.text().map(SecretStr),
+    raw=st.binary(),
+    parent=st.none() | st.builds(Invoice, number=st.uuids(), lines=st.just([]), parent=st.none(), extra=st.none()),
+    extra=st.recursive(st.none() | st.booleans() | WHOLE | st.text(), lambda inner: st.lists(inner, max_size=2)),
+)
+TREES = st.recursive(WHOLE, lambda inner: st.dictionaries(st.text(), inner, max_size=2), max_leaves=4)
 SCALARS: list[tuple[Any, st.SearchStrategy[Any]]] = [
+    (Level, st.sampled_from(Level)),
+    (Literal["a", 1], st.sampled_from(["a", 1])),
+    (AccountId, st.integers(-9, 9)),
+    (Annotated[int, Field(gt=3)], st.integers(4, 2**63 - 1)),
+    (Path, st.text().map(Path)),
+    (Fraction, st.fractions()),
+    (complex, st.complex_numbers(allow_nan=False)),
+    (IPv4Address, st.ip_addresses(v=4)),
+    (SecretStr, st.text().map(SecretStr)),
+    (SecretBytes, st.binary().map(SecretBytes)),
+    (Annotated[str, Sensitive()], st.text()),
+    (Place, st.builds(Place, st.integers(-9, 9), st.text())),
+    (Tree, TREES),
+    (Invoice, INVOICES),
+    (Cat | Dog, st.builds(Cat, name=st.text()) | st.builds(Dog, name=st.text())),
     (bool, st.booleans()),
-    (int, st.integers(-(2**63), 2**63 - 1)),
+    (int, WHOLE),
     (float, st.floats(allow_nan=False)),
     (str, st.text()),
     (bytes, st.binary()),
-    (datetime, st.datetimes(timezones=st.none() | st.just(UTC))),
+    (datetime, st.datetimes(timezones=st.none() | st.just(UTC) | OFFSETS)),
     (date, st.dates()),
     (time, st.times()),
     (timedelta, st.timedeltas(timedelta(days=-99999), timedelta(days=99999))),
-    (Decimal, st.decimals(allow_nan=False, allow_infinity=False)),
+    (Decimal, DECIMALS),
     (UUID, st.uuids()),
     (Colour, st.sampled_from(Colour)),
     (Tag, st.sampled_from(Tag)),
-    (Line, st.builds(Line, st.text(), st.decimals(allow_nan=False, allow_infinity=False), st.binary(), st.just([]))),
+    (Line, LINES),
     (Options, st.fixed_dictionaries({"copies": st.integers(0, 9)}, optional={"stamp": st.binary()})),
     (int | None, st.none() | st.integers(-9, 9)),
     (date | datetime, st.dates() | st.datetimes()),
     (int | float | Decimal, st.integers(-9, 9) | st.floats(-9, 9) | st.decimals(-9, 9)),
     (int | str | None, st.none() | st.text() | st.integers(-9, 9)),
 ]
-KEYS = (str, int, UUID, date, Colour, bytes, Decimal)
+KEYS = (str, int, UUID, date, Colour, bytes, Decimal, datetime, Path, Tag)
 
 
 def containers(inner: tuple[Any, st.SearchStrategy[Any]]) -> st.SearchStrategy[tuple[Any, st.SearchStrategy[Any]]]:
     """Containers of a kind."""
     annotation, values = inner
-    keys = [(key, dict(SCALARS)[key]) for key in KEYS]
+    keys = [(key, strategy) for key, strategy in SCALARS if key in KEYS]
     return st.sampled_from(
         [
             (list[annotation], st.lists(values, max_size=3)),
+            (deque[annotation], st.lists(values, max_size=3).map(deque)),
+            (annotation | None, st.none() | values),
+            (Page[annotation], st.builds(Page[annotation], items=st.lists(values, max_size=3))),
+            *((set[key], st.sets(strategy, max_size=3)) for key, strategy in keys),
+            *((frozenset[key], st.frozensets(strategy, max_size=3)) for key, strategy in keys),
             (tuple[annotation, int], st.tuples(values, st.integers(0, 9))),
             (tuple[annotation, ...], st.lists(values, max_size=3).map(tuple)),
             *((dict[key, annotation], st.dictionaries(strategy, values, max_size=3)) for key, strategy in keys),
@@ -160,8 +221,12 @@ def test_any_value_comes_back(typed: tuple[Any, Any], serializer: str) -> None:
 
 def shape(value: object) -> object:
     """Types at every depth."""
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | deque):
         return type(value), [shape(part) for part in value]
+    if isinstance(value, set | frozenset):
+        return type(value), {type(part) for part in value}
+    if isinstance(value, BaseModel | Line):
+        return type(value), shape(vars(value))
     if isinstance(value, dict):
         return dict, {key: (type(key), shape(part)) for key, part in value.items()}
     return type(value)
@@ -186,6 +251,63 @@ def test_all_bad_arguments_are_told_at_once_with_their_places() -> None:
     assert copies == "copies at $ should be a valid integer, not '2' (str)"
     assert other == "more at $ should be a valid boolean, not 1 (int)"
     assert all(problem in str(caught.value) for problem in caught.value.problems)
+
+
+def test_what_has_no_place_and_what_does_not_fit_is_told_together() -> None:
+    """Missing, unknown, doubled and surplus arguments, all of them, and beside them the values that do not fit."""
+
+    def run(self, first: int, second: UUID, *, third: bool, fourth: date) -> None: ...
+
+    def rest(self, first: int, /, *rest: int, second: UUID = ID, **more: bool) -> None: ...
+
+    codec = codec_for(run)
+    for convert, third in ((codec.encode_arguments, "yes"), (codec.decode_arguments, "maybe")):
+        with pytest.raises(TaskArgumentsError) as caught:
+            convert(("one",), {"third": third, "fith": 1, "first": 2})
+        *misfits, first, third_problem = caught.value.problems
+        assert misfits == [
+            "got an unexpected keyword argument 'fith'",
+            "multiple values for argument 'first'",
+            "missing a required argument: 'second'",
+            "missing a required argument: 'fourth'",
+        ]
+        assert first.startswith("first at $ should be a valid integer")
+        assert third_problem.startswith("third at $ should be a valid boolean")
+        assert all(problem in str(caught.value) for problem in caught.value.problems)
+    with pytest.raises(TaskArgumentsError) as caught:
+        codec.encode_arguments((1, "no id", 3), {"third": True, "fourth": date(2026, 1, 2)})
+    surplus, second = caught.value.problems
+    assert surplus == "too many positional arguments"
+    assert second.startswith("second at $ should be")
+    with pytest.raises(TaskArgumentsError) as caught:
+        codec_for(rest).encode_arguments((), {"first": 1, "second": "no id"})
+    missing, first, second = caught.value.problems
+    assert missing == "missing a required argument: 'first'"
+    assert first.startswith("more at $ should be a valid boolean")
+    assert second.startswith("second at $ should be")
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((), {}),
+        ((1,), {}),
+        ((), {"second": 2}),
+        ((1, 2, 3), {"third": True}),
+        ((1,), {"first": 1, "third": True}),
+        ((1,), {"third": True, "fourth": 4}),
+    ],
+)
+def test_plain_values_need_a_place_too(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Values that need no conversion are looked at more quickly, and must fit the parameters all the same."""
+
+    def run(self, first: int, second: int = 0, *, third: bool) -> None: ...
+
+    codec = codec_for(run)
+    assert codec.encode_arguments((1,), {"second": 2, "third": True}) == ((1,), {"second": 2, "third": True})
+    for convert in (codec.encode_arguments, codec.decode_arguments):
+        with pytest.raises(TaskArgumentsError, match=r"missing|too many|multiple|unexpected"):
+            convert(args, kwargs)
 
 
 def test_no_argument_is_quoted_where_one_is_sensitive() -> None:
@@ -449,6 +571,54 @@ def test_the_refusal_names_handler_method_and_parameter() -> None:
     assert "parameter 'socket' is annotated with" in caught.value.reason
 
 
+class Unfinished(BaseModel):
+    value: "OnlyForTypeCheckers"  # noqa: F821  # that is the case
+
+
+class Failing:
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        message = "no schema today"
+        raise RuntimeError(message)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "reason"),
+    [
+        (Unfinished, "name 'OnlyForTypeCheckers' is not defined"),
+        (list[Unfinished], "name 'OnlyForTypeCheckers' is not defined"),
+        (Failing, "no schema today"),
+        (dict.__class_getitem__(str), "Expected two type arguments"),
+        (Annotated[str, Sensitive], "Sensitive"),
+        ("list[", "Forward reference must be an expression"),
+        ("1 / 0", "division by zero"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_its_place_too(annotation: Any, reason: str) -> None:
+    """Whatever pydantic, a class of the user's or Python itself raises for an annotation, the place is told."""
+
+    def run(self, value): ...
+
+    run.__annotations__ = {"value": annotation}
+    with pytest.raises(UnsupportedTaskMethodError) as caught:
+        codec_for(run)
+    assert caught.value.method == "run"
+    assert "'value'" in caught.value.reason
+    assert reason in caught.value.reason
+
+
+@pytest.mark.parametrize("annotation", [NoReturn, Never])
+def test_a_task_that_never_returns_needs_no_form(annotation: Any) -> None:
+    """There is no value that had to travel; one that comes all the same is no result."""
+
+    def run(self): ...
+
+    run.__annotations__ = {"return": annotation}
+    codec = codec_for(run)
+    with pytest.raises(TaskResultMismatchError):
+        codec.encode_result(5)
+
+
 def test_a_result_that_cannot_travel_is_refused() -> None:
     def run(self) -> Iterator[int]: ...
 
@@ -495,10 +665,53 @@ def test_what_a_function_says_of_its_awaitable_is_the_type_of_its_result() -> No
     assert codec_for(run).encode_result(date(2026, 1, 2)) == "2026-01-02"
 
 
-def test_keywords_of_an_unpacked_typed_dict_pass_as_unannotated() -> None:
-    def run(self, **options: Unpack[Options]) -> None: ...
+class Payment(TypedDict):
+    card: Annotated[str, Sensitive()]
+    due: NotRequired[date]
 
-    assert codec_for(run).encode_arguments((), {"copies": 1}) == ((), {"copies": 1})
+
+def test_keywords_of_an_unpacked_typed_dict_are_typed() -> None:
+    """Its fields are parameters: of their types, missing where they are required, and no others."""
+
+    def run(self, first: int = 0, **payment: Unpack[Payment]) -> None: ...
+
+    codec = codec_for(run)
+    args, kwargs = codec.encode_arguments((), {"card": "4111", "due": date(2026, 1, 2)})
+    assert (args, kwargs) == ((), {"card": "4111", "due": "2026-01-02"})
+    assert codec.decode_arguments(args, kwargs) == ((), {"card": "4111", "due": date(2026, 1, 2)})
+    assert codec.encode_arguments((1,), {"card": "4111"}) == ((1,), {"card": "4111"})
+    assert codec.masked_reprs((), kwargs)["kwargsrepr"] == "{'card': <sensitive>, 'due': '2026-01-02'}"
+    for convert in (codec.encode_arguments, codec.decode_arguments):
+        with pytest.raises(TaskArgumentsError) as caught:
+            convert((), {"due": "canary", "crad": "canary"})
+        unknown, missing, due = caught.value.problems
+        assert missing == "missing a required argument: 'card'"
+        assert unknown == "got an unexpected keyword argument 'crad'"
+        assert due.startswith("due at $ should be another value")
+        with pytest.raises(TaskArgumentsError, match="missing a required argument: 'card'"):
+            convert((1,), {})
+
+
+def test_an_unpacked_tuple_passes_as_unannotated() -> None:
+    class Base[*Ts]:
+        @task
+        def run(self, *args: *Ts) -> None: ...
+
+    class Heir(Base[int, str]): ...
+
+    for handler in (Base, Heir):
+        (method,) = find_task_methods(handler)
+        assert codec_of(method).encode_arguments((1, "a"), {}) == ((1, "a"), {})
+
+
+def test_a_field_of_an_unpacked_typed_dict_that_cannot_travel_is_refused() -> None:
+    class Wrong(TypedDict, total=False):
+        call: Callable[[], int]
+
+    def run(self, **options: Unpack[Wrong]) -> None: ...
+
+    with pytest.raises(UnsupportedTaskMethodError, match="parameter 'call' is annotated with"):
+        codec_for(run)
 
 
 # Messages of others

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 from pydantic_core import ErrorDetails, ValidationError, to_json
 
 from spakky.plugins.celery.common.previous import PREVIOUS
-from spakky.plugins.celery.common.task_method import TaskMethod, to_qualified_name
+from spakky.plugins.celery.common.task_method import TaskMethod, find_misfits, to_qualified_name
 from spakky.plugins.celery.common.wire_schema import Sensitive, WireSchema, WireSchemaError, to_path
 from spakky.plugins.celery.error import TaskArgumentsError, TaskResultMismatchError, UnsupportedTaskMethodError
 
@@ -33,6 +33,8 @@ _BY_IDENTITY: Final[Any] = object.__eq__
 _NUMBERS: Final[dict[str, Any]] = {"inf_nan_mode": "constants"}
 _NOT_A_NUMBER: Final = b"NaN"
 """In JSON: it is equal to nothing, so that its way back cannot be checked."""
+_QUALIFIERS: Final = (typing.Required, typing.NotRequired, getattr(typing, "ReadOnly", typing.Required))
+_NEVER: Final = (typing.Never, typing.NoReturn)
 _NOTHING: Final[frozenset[type]] = frozenset()
 _QUICK: Final[dict[Any, frozenset[type]]] = {
     str: frozenset({str}),
@@ -140,11 +142,10 @@ class TaskCodec:
         """
         self._task = method.name
         self._signature = str(method.signature)
-        hints = resolve_hints(method)
-        parameters = method.signature.parameters
-        self._codecs = {
-            name: _make_codec(method, f"parameter {name!r}", hints.get(name, _UNKNOWN)) for name in parameters
-        }
+        typed = _to_typed_parameters(method)
+        parameters = {name: parameter for name, (parameter, _) in typed.items()}
+        self._parameters = parameters
+        self._codecs = {name: _make_codec(method, f"parameter {name!r}", hint) for name, (_, hint) in typed.items()}
         self._has_sensitive_arguments = any(codec.is_sensitive for codec in self._codecs.values())
         if self._has_sensitive_arguments:
             for codec in self._codecs.values():
@@ -153,9 +154,15 @@ class TaskCodec:
         self._positions = [name for name, kind in kinds.items() if kind in _POSITIONAL]
         self._quick_positions = tuple(self._codecs[name].quick for name in self._positions)
         self._quick_keywords = {name: self._codecs[name].quick for name, kind in kinds.items() if kind in _BY_KEYWORD}
+        required = [name for name in self._quick_keywords if parameters[name].default is Parameter.empty]
+        taken = [frozenset(self._positions[:count]) for count in range(len(self._positions) + 1)]
+        self._taken = taken
+        """Names of parameters that so many positional arguments fill."""
+        self._required = [frozenset(required) - names for names in taken]
+        """Names of parameters that then need a keyword."""
         self._rest = next((name for name, kind in kinds.items() if kind is Parameter.VAR_POSITIONAL), "")
         self._others = next((name for name, kind in kinds.items() if kind is Parameter.VAR_KEYWORD), "")
-        self._result = _make_codec(method, "the result", hints.get("return", _UNKNOWN))
+        self._result = _make_codec(method, "the result", resolve_hints(method).get("return", _UNKNOWN))
 
     @property
     def has_sensitive_arguments(self) -> bool:
@@ -181,7 +188,7 @@ class TaskCodec:
         """Check the caller's arguments strictly, and give what goes into the message, as they were passed.
 
         Raises:
-            TaskArgumentsError: With everything that does not fit.
+            TaskArgumentsError: With everything that does not fit the parameters, or their annotations.
         """
         return self._convert(_ValueCodec.encode, args, kwargs)
 
@@ -193,7 +200,7 @@ class TaskCodec:
         """Make typed values of what was in a message.
 
         Raises:
-            TaskArgumentsError: With everything that does not fit.
+            TaskArgumentsError: With everything that does not fit the parameters, or their annotations.
         """
         return self._convert(_ValueCodec.decode, args, kwargs)
 
@@ -226,17 +233,20 @@ class TaskCodec:
 
     def _are_quick(self, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
         """Whether all are JSON as they are, and fit: of most calls all are."""
-        if len(args) > len(self._quick_positions):
+        count = len(args)
+        if count > len(self._quick_positions) or not self._required[count] <= kwargs.keys():
             return False
         for quick, value in zip(self._quick_positions, args):  # noqa: B905  # strict takes a third of the time
             if type(value) not in quick:
                 return False
-        return not kwargs or all(
+        if not kwargs:
+            return True
+        return self._taken[count].isdisjoint(kwargs) and all(
             type(value) in self._quick_keywords.get(name, _NOTHING) for name, value in kwargs.items()
         )
 
     def _pair(self, args: tuple[object, ...]) -> list[tuple[str, object]]:
-        """Give each argument with its parameter; that they fit was seen before."""
+        """Give each argument with its parameter; an empty name where it has none."""
         rest = [self._rest] * (len(args) - len(self._positions))
         return list(zip([*self._positions, *rest], args, strict=False))
 
@@ -251,11 +261,11 @@ class TaskCodec:
     ) -> tuple[tuple[object, ...], dict[str, object]]:
         if self._are_quick(args, kwargs):
             return args, kwargs
-        problems: list[str] = []
+        problems = find_misfits(self._parameters, args, kwargs)
 
         def convert_one(parameter: str, value: object) -> object:
-            codec = self._codecs[parameter]
-            if type(value) in codec.quick or value is PREVIOUS:
+            codec = self._codecs.get(parameter)
+            if codec is None or type(value) in codec.quick or value is PREVIOUS:
                 return value
             try:
                 return convert(codec, value)
@@ -295,12 +305,20 @@ def _make_codec(method: TaskMethod, what: str, annotation: Any) -> _ValueCodec:
     except WireSchemaError as error:
         reason = f"{what} is annotated with {_to_text(annotation)}, whose values cannot be in a message: {error}."
         instead = "Give it a type that has a form in JSON; docs/how-to.md has a table of them."
-        raise UnsupportedTaskMethodError(to_qualified_name(method.handler), method.attribute, reason, instead) from None
+        raise _to_refusal(method, reason, instead) from None
+
+
+def _to_refusal(method: TaskMethod, reason: str, instead: str) -> UnsupportedTaskMethodError:
+    return UnsupportedTaskMethodError(to_qualified_name(method.handler), method.attribute, reason, instead)
 
 
 @lru_cache(maxsize=4096)
 def resolve_hints(method: TaskMethod) -> dict[str, Any]:
-    """Read a method's annotations, with the handler class's own types in place of its generic bases' variables."""
+    """Read a method's annotations, with the handler class's own types in place of its generic bases' variables.
+
+    Raises:
+        UnsupportedTaskMethodError: If one cannot be evaluated, for another reason than a name that is not there.
+    """
     scope = {variable.__name__: variable for class_ in method.handler.__mro__ for variable in _type_parameters(class_)}
     given = _type_arguments(method.handler)
     hints = {}
@@ -311,9 +329,37 @@ def resolve_hints(method: TaskMethod) -> dict[str, Any]:
         except (NameError, AttributeError) as error:
             logger.warning("%s: the annotation of %r is ignored: %s", method.location, name, error)
             continue
-        if get_origin(hint) is not typing.Unpack:
-            hints[name] = _substitute(_to_awaited(hint) if name == "return" else hint, given)
+        except Exception as error:
+            reason = f"the annotation of {name!r} cannot be read: {type(error).__name__}: {error}."
+            raise _to_refusal(method, reason, "Write an annotation that Python can evaluate.") from error
+        is_unpacked = get_origin(hint) is typing.Unpack
+        hints[name] = hint if is_unpacked else _substitute(_to_awaited(hint) if name == "return" else hint, given)
     return hints
+
+
+def _to_typed_parameters(method: TaskMethod) -> dict[str, tuple[Parameter, Any]]:
+    """Pair parameters with annotations; the fields of a TypedDict that a ``**`` unpacks are parameters themselves."""
+    hints = resolve_hints(method)
+    typed: dict[str, tuple[Parameter, Any]] = {}
+    for name, parameter in method.signature.parameters.items():
+        hint = hints.get(name, _UNKNOWN)
+        if get_origin(hint) is not typing.Unpack:
+            typed[name] = parameter, hint
+        elif typing.is_typeddict(record := get_args(hint)[0]):
+            typed |= _to_fields(record)
+        else:
+            typed[name] = parameter, _UNKNOWN
+    return typed
+
+
+def _to_fields(record: Any) -> dict[str, tuple[Parameter, Any]]:
+    fields = {}
+    for name, hint in get_type_hints(record, include_extras=True).items():
+        while get_origin(hint) in _QUALIFIERS:
+            (hint,) = get_args(hint)  # noqa: PLW2901  # what is inside
+        default = None if name in record.__optional_keys__ else Parameter.empty
+        fields[name] = Parameter(name, Parameter.KEYWORD_ONLY, default=default), hint
+    return fields
 
 
 def _type_parameters(class_: type) -> tuple[Any, ...]:
@@ -340,8 +386,9 @@ def _substitute(hint: Any, given: dict[Any, Any]) -> Any:
 
 
 def _to_awaited(hint: Any) -> Any:
-    """See through what a function that is no ``async def`` says of its coroutine."""
-    return get_args(hint)[-1] if get_origin(hint) in {Awaitable, Coroutine} else hint
+    """See through what a function that is no ``async def`` says of its coroutine; what never comes is None."""
+    awaited = get_args(hint)[-1] if get_origin(hint) in {Awaitable, Coroutine} else hint
+    return None if awaited in _NEVER else awaited
 
 
 def _to_quick(annotation: Any) -> frozenset[type]:

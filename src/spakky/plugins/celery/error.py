@@ -437,7 +437,8 @@ class TaskArgumentsError(AbstractTaskDispatchError, TypeError):
         task: Name of the task.
         reason: What does not fit, naming the parameter.
         signature: The method's parameters.
-        problems: Each value that does not fit its annotation, as ``invoice at $.lines[2].price should be ...``.
+        problems: Each argument that is missing or has no parameter, and each value that does not fit its annotation, as
+            ``invoice at $.lines[2].price should be ...``.
     """
 
     message = "Arguments do not fit the task"

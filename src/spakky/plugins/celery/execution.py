@@ -194,7 +194,6 @@ class TaskExecution:
 
     def _call(self, task: Task, method: TaskMethod, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         """Call the method; what it returns may have to be awaited in the same context."""
-        method.check_arguments(args, kwargs)
         headers = task.request.headers or {}
         codec = codec_of(method)
         codec.check_version(headers.get(CODEC_HEADER))

@@ -357,7 +357,6 @@ class TaskSender:
         """Check the arguments of one message, and make wire values of them."""
         if self.catalog is not None:
             self.catalog.check_registered(method)
-        method.check_arguments(args, kwargs)
         codec = codec_of(method)
         wire_args, wire_kwargs = codec.encode_arguments(args, kwargs)
         if wire_args and wire_args[0] is PREVIOUS:

@@ -32,6 +32,7 @@ __all__ = [
     "HOST_PARAMETER_NAMES",
     "BoundTask",
     "TaskMethod",
+    "find_misfits",
     "find_task_method",
     "find_task_methods",
     "to_bound_task",
@@ -42,6 +43,10 @@ __all__ = [
 
 HOST_PARAMETER_NAMES: Final = frozenset({"joinpoint", "method", "target"})
 """Names that Spakky's proxy and aspects use for parameters of their own: a keyword of such a name collides there."""
+
+_POSITIONAL: Final = frozenset({Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD})
+_BY_KEYWORD: Final = frozenset({Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY})
+_VARIABLE: Final = frozenset({Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,12 +88,9 @@ class TaskMethod:
 
     def check_arguments(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Raise TaskArgumentsError when the arguments do not fit the method's parameters."""
-        if not kwargs and len(args) in _fitting_counts(self):
-            return
-        try:
-            self.signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TaskArgumentsError(self.name, str(error), str(self.signature)) from None
+        misfits = find_misfits(self.signature.parameters, args, kwargs)
+        if misfits:
+            raise TaskArgumentsError(self.name, "; ".join(misfits), str(self.signature), tuple(misfits))
 
     def to_positional(
         self,
@@ -117,8 +119,38 @@ def _fitting_counts(method: TaskMethod) -> range:
     parameters = method.signature.parameters.values()
     if any(one.kind is Parameter.KEYWORD_ONLY and one.default is Parameter.empty for one in parameters):
         return range(0)
-    positional = [one for one in parameters if one.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
+    positional = [one for one in parameters if one.kind in _POSITIONAL]
     return range(sum(one.default is Parameter.empty for one in positional), len(positional) + 1)
+
+
+def find_misfits(
+    parameters: Mapping[str, Parameter],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+) -> list[str]:
+    """Tell all arguments that have no parameter, and all parameters that have no argument; none for most calls.
+
+    ``Signature.bind`` stops at the first, and takes a keyword for a positional-only parameter where there is a ``**``.
+    """
+    kinds = {parameter.kind for parameter in parameters.values()}
+    positions = [parameter.name for parameter in parameters.values() if parameter.kind in _POSITIONAL]
+    by_keyword = {parameter.name for parameter in parameters.values() if parameter.kind in _BY_KEYWORD}
+    by_position = set(positions[: len(args)])
+    unexpected = [] if Parameter.VAR_KEYWORD in kinds else [name for name in kwargs if name not in by_keyword]
+    given = {*by_position, *unexpected, *(by_keyword & kwargs.keys())}
+    misfits = []
+    if len(args) > len(positions) and Parameter.VAR_POSITIONAL not in kinds:
+        misfits.append("too many positional arguments")
+    misfits += [
+        f"{name!r} is positional only" if name in positions else f"got an unexpected keyword argument {name!r}"
+        for name in unexpected
+    ]
+    misfits += [f"multiple values for argument {name!r}" for name in kwargs if name in by_position & by_keyword]
+    return misfits + [
+        f"missing a required argument: {parameter.name!r}"
+        for parameter in parameters.values()
+        if parameter.default is Parameter.empty and parameter.kind not in _VARIABLE and parameter.name not in given
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,9 @@ class WireSchema:
             WireSchemaError: If its values cannot travel.
         """
         try:
-            core_schema = TypeAdapter(annotation).core_schema
+            adapter = TypeAdapter(annotation)
+            adapter.rebuild(raise_errors=True)  # where a class names another one that was not there when it was made
+            core_schema = adapter.core_schema
             preparation = _Preparation()
             schema = preparation.convert(core_schema)
             preparation.check()
@@ -113,8 +115,13 @@ class WireSchema:
             )
         except PydanticSchemaGenerationError:
             raise WireSchemaError(_REFUSED["is-instance"]) from None
+        except WireSchemaError:
+            raise
         except (PydanticUserError, SchemaError) as error:
-            raise WireSchemaError(str(error).splitlines()[0].rstrip(".")) from error
+            raise WireSchemaError(_first_line(error)) from error
+        except Exception as error:  # a class makes its schema itself, and may raise anything
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+            raise WireSchemaError(reason) from error
 
 
 def to_path(location: tuple[int | str, ...], shown: Container[str] | None = None) -> str:
@@ -267,6 +274,10 @@ def _form_of(value: object) -> str:
             return "number"
         case _:
             return "string"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
 
 
 def _to_name(member: dict[str, Any]) -> str:
