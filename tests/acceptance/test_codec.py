@@ -155,6 +155,27 @@ def test_what_is_sensitive_is_shown_nowhere(worker: Bench) -> None:
     assert all(CANARY not in text for text in shown)
 
 
+def test_what_is_sensitive_is_shown_nowhere_whoever_sent_it(worker: Bench) -> None:
+    """A raw producer writes the arguments into a header as they are; the worker shows its own text of them."""
+    celery, gate = celery_of(worker.client), worker.folder / "gate"
+    gate.unlink(missing_ok=True)
+    raw = Celery(set_as_current=False, broker=worker.broker.broker_url, backend=worker.broker.result_backend)
+    raw.conf.task_default_queue = worker.broker.app_name
+    vault = "support.codec_app.Vault"
+    with recorded_events(celery) as events:
+        opened = raw.send_task(f"{vault}.open_it", [{"user": "ada", "password": CANARY}, CANARY], {"hint": CANARY})
+        inspected = inspected_until(celery, opened.id)
+        gate.touch()
+        opened.get(timeout=90)
+        surplus = raw.send_task(f"{vault}.break_it", [CANARY, CANARY], {"cdoe": CANARY})
+        with pytest.raises(Exception, match="too many positional"):
+            surplus.get(timeout=90)
+        wait_until(lambda: {opened.id, surplus.id} <= ended(events), describe=lambda: str(events))
+    shown = [worker.worker.output, json.dumps(events, default=str), json.dumps(inspected, default=str)]
+    assert all("<sensitive>" in text for text in shown[1:])
+    assert all(CANARY not in text for text in shown)
+
+
 def inspected_until(celery: Celery, task_id: str) -> dict[str, Any]:
     """What ``inspect active`` says while a task runs."""
     seen: dict[str, Any] = {}

@@ -221,7 +221,10 @@ class TaskCodec:
         return self._convert_result(_ValueCodec.decode, wire)
 
     def masked_reprs(self, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, str]:
-        """Give the texts by which logs and events show the arguments; none where Celery may make them."""
+        """Give the texts by which logs and events show the arguments; none where Celery may make them.
+
+        What has no parameter is masked too: of a message of another producer it may be anything.
+        """
         if not self._has_sensitive_arguments:
             return {}
         shown = [self._show(parameter, value) for parameter, value in self._pair(args)]
@@ -229,7 +232,8 @@ class TaskCodec:
         return {"argsrepr": f"[{', '.join(shown)}]", "kwargsrepr": f"{{{', '.join(named)}}}"}
 
     def _show(self, parameter: str, value: object) -> str:
-        return _MASK if self._codecs[parameter].is_sensitive else _shorten(repr(value))
+        codec = self._codecs.get(parameter)
+        return _MASK if codec is None or codec.is_sensitive else _shorten(repr(value))
 
     def _are_quick(self, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
         """Whether all are JSON as they are, and fit: of most calls all are."""

@@ -87,6 +87,9 @@ ONLY_FAILURES_ATTRIBUTE: Final = "spakky_only_failures"
 ASYNCIO_POOL: Final = "spakky.plugins.celery.worker.pool:AsyncioPool"
 """The pool that runs ``async def`` tasks on one event loop, as Celery's ``worker_pool`` setting takes it."""
 
+MASK_ATTRIBUTE: Final = "spakky_mask"
+"""Attribute of the Celery tasks with sensitive arguments: gives the texts that show these."""
+
 MASKED_REQUEST: Final = "spakky.plugins.celery.worker.masked_request:MaskedRequest"
 """The requests of tasks with sensitive arguments, as a Celery task's ``Request`` takes it. Workers import it."""
 

@@ -127,19 +127,21 @@ class _Connection(pyamqp.Connection):
         ssl: Any = False,
         read_timeout: float | None = None,
         write_timeout: float | None = None,
+        socket_settings: Any = None,
         **options: Any,
     ) -> Any:
+        timeouts = {"read_timeout": read_timeout, "write_timeout": write_timeout, "socket_settings": socket_settings}
         if ssl:
-            return super().Transport(host, connect_timeout, ssl, read_timeout, write_timeout, **options)
-        timeouts = {"connect_timeout": connect_timeout, "read_timeout": read_timeout, "write_timeout": write_timeout}
-        return _Socket(host, **timeouts, **options)
+            return super().Transport(host, connect_timeout, ssl, **timeouts, **options)
+        return _Socket(host, connect_timeout=connect_timeout, **timeouts, **options)
 
     def read_received(self) -> None:
         """Take what was received and not read."""
         transport = self._transport
         if isinstance(transport, _Socket):
+            handle: Any = self.on_inbound_frame
             while transport.has_frame:
-                self.on_inbound_frame(transport.read_frame())
+                handle(transport.read_frame())
 
 
 class Transport(pyamqp.Transport):

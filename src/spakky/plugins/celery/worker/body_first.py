@@ -33,6 +33,7 @@ __all__ = ["BodyFirst", "BodyFirstRun", "sends_events"]
 
 _EVENT_GROUP: Final = "task"
 _CELERYS_FIELDS: Final = {*vars(TaskRequest), "lang", "task", "argsrepr", "kwargsrepr", "compression"}
+_current_tasks: Final[Any] = _task_stack
 _BEGAN: ContextVar[float | None] = ContextVar("_BEGAN", default=None)
 
 
@@ -87,7 +88,8 @@ class BodyFirst:
             or (late and app.conf.worker_deduplicate_successful_tasks and backend.persistent)
         )
         self._trace: Callable[..., Any] | None = None
-        key_by_run(task.request_stack)
+        self.stack: Any = task.request_stack
+        key_by_run(self.stack)
 
     @classmethod
     def of(cls, task: Task) -> "BodyFirst | None":
@@ -127,7 +129,8 @@ class BodyFirst:
     @property
     def is_end_heard_of(self) -> bool:
         """Whether a receiver is to hear that a run ended, even one that was terminated."""
-        return not all(map(_hears_failures_only, signals.task_postrun.receivers))
+        postrun: Any = signals.task_postrun
+        return not all(map(_hears_failures_only, postrun.receivers))
 
 
 def _hears_failures_only(entry: Any) -> bool:
@@ -181,20 +184,20 @@ class BodyFirstRun(PoolRun):
         self._task_request = _TaskRequest(fields, called_directly=False, args=request.args, kwargs=request.kwargs)
         context = Context()
         context.run(self._enter)
-        self._body = TaskBody(task.name, self._first.body.run(task, tuple(request.args), request.kwargs), context)
+        self._body = TaskBody(str(task.name), self._first.body.run(task, tuple(request.args), request.kwargs), context)
         self.is_on_loop = True
         self._begin_body(self._body)
 
     def _enter(self) -> None:
         RUN_KEY.set(self)
         SUSPEND.set(self._suspend)
-        _task_stack.push(self._first.task)
-        self._first.task.request_stack.push(self._task_request)
+        _current_tasks.push(self._first.task)
+        self._first.stack.push(self._task_request)
 
     def _leave(self) -> None:
         self._first.body.end()
-        self._first.task.request_stack.pop()
-        _task_stack.pop()
+        self._first.stack.pop()
+        _current_tasks.pop()
 
     @override
     def _resume(self) -> None:

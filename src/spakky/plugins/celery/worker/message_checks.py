@@ -73,7 +73,8 @@ def find_request_problem(request: Any) -> Problem | None:
     if _is_deep(request.message.body, payload):
         return Problem(f"its body is nested deeper than {_DEEPEST}")
     fields = request.request_dict
-    return _find_field_problem({**fields, **embed} if has_others else fields)  # as Celery lays one over the other
+    others: dict[str, Any] = embed if has_others else {}
+    return _find_field_problem({**fields, **others} if others else fields)  # as Celery lays one over the other
 
 
 def _measure(found: list[Any], limit: int | None) -> int:

@@ -135,7 +135,7 @@ class QuickRequest(Request):  # type: ignore[misc]  # the host ships no types
         }
 
     @override
-    def execute_using_pool(self, pool: AsyncioPool, **_: Any) -> Any:
+    def execute_using_pool(self, pool: Any, **_: Any) -> Any:
         if self.revoked():
             raise TaskRevokedError(self.id)
         hard, soft = self.time_limits
