@@ -67,13 +67,12 @@ def find_request_problem(request: Any) -> Problem | None:
     """Look at what Celery has made of a message, whichever protocol it was in, before it goes to the pool."""
     payload = request._payload  # noqa: SLF001  # the one name that Celery's requests have for it
     args, kwargs, embed = payload
-    has_others = embed is not None and embed != _NO_OTHERS
-    if not isinstance(args, list | tuple) or not isinstance(kwargs, dict) or (has_others and not _has_names(embed)):
+    others = {} if embed is None or embed == _NO_OTHERS else embed
+    if not isinstance(args, list | tuple) or not isinstance(kwargs, dict) or not _has_names(others):
         return Problem("its body is not of arguments, keyword arguments and callbacks")
     if _is_deep(request.message.body, payload):
         return Problem(f"its body is nested deeper than {_DEEPEST}")
     fields = request.request_dict
-    others: dict[str, Any] = embed if has_others else {}
     return _find_field_problem({**fields, **others} if others else fields)  # as Celery lays one over the other
 
 
