@@ -23,6 +23,12 @@ from support.messages import record_message
 NAME = "support.first_app.Ends.value"
 
 
+class Listener:
+    """Hears a signal."""
+
+    def __call__(self, **_: Any) -> None: ...
+
+
 class Taken(list[Any]):
     """What a worker's consumer would be given."""
 
@@ -36,6 +42,7 @@ class Taken(list[Any]):
         super().__init__()
         self.task_buckets: dict[str, Any] = {NAME: None}
         self.on_task_request = self.append
+        self.listener = Listener()
 
 
 @pytest.fixture
@@ -54,8 +61,11 @@ def celery(app: SpakkyApplication) -> Celery:
 
 
 @pytest.fixture
-def taken() -> Taken:
-    return Taken()
+def taken() -> Iterator[Taken]:
+    taken = Taken()
+    yield taken
+    for signal in (signals.task_received, signals.task_prerun):
+        signal.disconnect(taken.listener)
 
 
 @pytest.fixture
@@ -133,12 +143,6 @@ def test_a_request_is_what_celery_makes(
     assert request in state.reserved_requests
 
 
-class Listener:
-    """Hears a signal."""
-
-    def __call__(self, **_: Any) -> None: ...
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -155,8 +159,8 @@ class Listener:
         lambda message, _: setattr(message, "body", b"\xff"),
         lambda _, taken: taken.task_buckets.update({NAME: object()}),
         lambda _, taken: setattr(taken, "on_task_message", {print}),
-        lambda _, taken: setattr(taken, "listener", Listener()) or signals.task_received.connect(taken.listener),
-        lambda _, taken: setattr(taken, "listener", Listener()) or signals.task_prerun.connect(taken.listener),
+        lambda _, taken: signals.task_received.connect(taken.listener),
+        lambda _, taken: signals.task_prerun.connect(taken.listener),
     ],
     ids=[
         "eta",
