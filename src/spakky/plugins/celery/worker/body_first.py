@@ -136,7 +136,9 @@ class BodyFirst:
 def _hears_failures_only(entry: Any) -> bool:
     """Whether a receiver, as Celery's signals keep it, has nothing to do for a run that succeeds."""
     receiver: Any = entry[1]
-    return hasattr(receiver() if isinstance(receiver, ref) else receiver, ONLY_FAILURES_ATTRIBUTE)
+    if isinstance(receiver, ref):
+        receiver = receiver()
+    return receiver is None or hasattr(receiver, ONLY_FAILURES_ATTRIBUTE)
 
 
 class BodyFirstRun(PoolRun):
@@ -166,6 +168,15 @@ class BodyFirstRun(PoolRun):
         self._request = request
         self._began_s = 0.0
         self._task_request: Any = None
+
+    @override
+    def accept(self) -> bool:
+        request = self._request
+        if not self._pool.is_hub_here or request._terminate_on_ack is not None:  # noqa: SLF001  # it has no other name
+            return super().accept()
+        self.is_accepted = True
+        request.on_accepted(self._pool.pid, time.monotonic())
+        return True
 
     @override
     def trace(self) -> None:

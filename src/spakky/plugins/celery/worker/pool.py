@@ -90,6 +90,7 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
         self._hub_calls = HubCalls()
         self._on_loop = 0
         self._is_hub_due = False
+        self._hub_thread = 0
         self._first: dict[str, BodyFirst | None] = {}
         self._own_loop: _LoopThread | None = None
 
@@ -114,6 +115,7 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
     @override
     def register_with_event_loop(self, loop: Any) -> None:
         self._hub = loop
+        self._hub_thread = threading.get_ident()
         self._hub_calls.register(loop)
 
     @override
@@ -306,6 +308,11 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
             callback(*args)
             return
         self._hub_calls.put(partial(callback, *args))
+
+    @property
+    def is_hub_here(self) -> bool:
+        """Whether this is Celery's own thread."""
+        return self._hub is not None and threading.get_ident() == self._hub_thread
 
     def tell_later(self, callback: Callable[..., object], *args: object) -> None:
         """Do as ``tell``, on the loop's thread, at the end of the loop's turn: the hub is woken once for many."""

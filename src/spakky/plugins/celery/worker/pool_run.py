@@ -29,6 +29,11 @@ class Pool(Protocol):
     loop: asyncio.AbstractEventLoop
     pid: int
 
+    @property
+    def is_hub_here(self) -> bool:
+        """Whether this is Celery's own thread."""
+        ...  # pyright: ignore[reportReturnType]
+
     def tell(self, callback: Callable[..., object] | None, *args: object) -> None:
         """Call Celery's request back in Celery's own thread, in order."""
 
@@ -45,6 +50,16 @@ class Pool(Protocol):
 class PoolRun:
     """One task that the pool was given; Celery's request holds it to terminate it."""
 
+    is_accepted = False
+    is_on_loop = False
+    _is_dropped = False
+    _is_unwanted = False
+    _has_ended = False
+    _greenlet: Any = None
+    _tracer: Any = None
+    _body: TaskBody | None = None
+    _timers: tuple[asyncio.TimerHandle, ...] = ()
+
     def __init__(  # noqa: PLR0917  # one for each of Celery's callbacks
         self,
         pool: Pool,
@@ -57,8 +72,6 @@ class PoolRun:
         timeout: float | None,
     ) -> None:
         self.task_id: object = self
-        self.is_accepted = False
-        self.is_on_loop = False
         self._pool = pool
         self._target = target
         self._callback = callback
@@ -67,13 +80,6 @@ class PoolRun:
         self._timeout_callback = timeout_callback
         self._soft_timeout = soft_timeout
         self._timeout = timeout
-        self._is_dropped = False
-        self._is_unwanted = False
-        self._has_ended = False
-        self._greenlet: Any = None
-        self._tracer: Any = None
-        self._body: TaskBody | None = None
-        self._timers: list[asyncio.TimerHandle] = []
 
     def warn_of_time_limits(self, task: Task | None) -> None:
         """Say that a thread cannot be interrupted."""
@@ -185,14 +191,14 @@ class PoolRun:
         if self._is_dropped:
             self._interrupt(asyncio.CancelledError())
         if self._soft_timeout:
-            self._timers.append(loop.call_later(self._soft_timeout, self._pass_soft_limit))
+            self._timers += (loop.call_later(self._soft_timeout, self._pass_soft_limit),)
         if self._timeout:
-            self._timers.append(loop.call_later(self._timeout, self._pass_hard_limit))
+            self._timers += (loop.call_later(self._timeout, self._pass_hard_limit),)
 
     def _end_body(self) -> None:
         for timer in self._timers:
             timer.cancel()
-        self._timers.clear()
+        self._timers = ()
         self._resume()
 
     def _resume(self) -> None:
