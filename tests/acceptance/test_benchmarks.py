@@ -40,11 +40,17 @@ def test_one_round_of_one_peer(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads(output.read_text())["rows"]
-    figures = {name: value for name, value in row.items() if name not in {"broker", "peer"}}
+    found = json.loads(output.read_text())
+    (row,) = found["rows"]
+    (dispatch,) = found["dispatches"]
+    figures = {name: value for name, value in (row | dispatch).items() if name not in {"broker", "peer"}}
+    assert len(figures) == 13
     assert all(value > 0 for value in figures.values()), figures
+    judged = {goal["line"] for goal in found["goals"] if goal["passed"] is not None}
+    assert judged == {"Redis, longest loop stall of 1000 at once", "Redis, memory with 1000 in flight"}
     written = document.read_text(encoding="utf-8")
     assert f"| spakky | {row['sleep_per_s']:,.0f} |" in written
+    assert "- not measured: Redis, empty, wanted at least 9 times celery solo" in written
     begin, end = (text.index(mark) for mark in ("<!-- make bench: begin -->", "<!-- make bench: end -->"))
     assert written.startswith(text[:begin])
     assert written.endswith(text[end:])
