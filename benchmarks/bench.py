@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -90,9 +89,8 @@ def measure(peer: Peer, broker: str, tasks: int) -> dict[str, float]:
         times = worker.run("empty", PACED, PACED_PER_S)
         latencies = sorted((finished - dispatched) * 1000 for dispatched, _, finished in times)
         found.p50_ms, found.p99_ms = latencies[len(latencies) // 2], latencies[int(len(latencies) * 0.99)]
-        worker.signal(signal.SIGSTOP)
-        worker.produce("hold", IN_FLIGHT)
-        worker.signal(signal.SIGCONT)
+        with worker.halted():
+            worker.produce("hold", IN_FLIGHT)
         time.sleep(2.5)  # all that the worker takes at once have begun, and none has ended
         found.held_mib = worker.memory_mib()
         time.sleep(1.5)

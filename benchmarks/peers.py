@@ -9,7 +9,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PEERS_FOLDER = HERE.parent / ".venv" / "bench-peers"
 IN_FLIGHT = 1000
-CELERY_WORKER = ["worker", "--loglevel", "WARNING", "--without-mingle", "--without-gossip", "--hostname", "bench@%h"]
+NODE = "bench@"
+CELERY_WORKER = ["worker", "--loglevel", "WARNING", "--without-mingle", "--without-gossip", "--hostname", f"{NODE}%h"]
 
 
 @dataclass(frozen=True)

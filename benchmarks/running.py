@@ -1,4 +1,4 @@
-"""A worker that is measured: started, told to stop where it stands, let go on, and killed."""
+"""Workers that are measured: started, told to stop where they stand, let go on, and killed."""
 
 import os
 import signal
@@ -8,11 +8,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from operator import itemgetter
 from pathlib import Path
 from uuid import uuid4
 
 from kombu import Connection
-from peers import HERE, URLS, Peer
+from peers import HERE, NODE, URLS, Peer
 
 APPS = HERE / "apps"
 RECORD = struct.Struct("<ddd")
@@ -26,10 +27,11 @@ class BenchmarkError(Exception):
 
 
 class Running:
-    """A peer's worker that runs, and its queue."""
+    """A peer's worker that runs, or several of them, and their queue."""
 
-    def __init__(self, peer: Peer, broker: str, folder: Path) -> None:
+    def __init__(self, peer: Peer, broker: str, folder: Path, workers: int) -> None:
         self.peer = peer
+        self.broker = broker
         self._records = folder / "records"
         self._records.touch()
         self.queue = peer.queue or f"bench-{uuid4().hex[:8]}"
@@ -44,20 +46,29 @@ class Running:
             **peer.environment,
         }
         self.log = folder / "log"
-        command = [str(peer.bin / peer.worker[0]), *peer.worker[1:]]
+        program, *arguments = peer.worker
         with self.log.open("wb") as output:
-            self._popen = subprocess.Popen(
-                command, env=self._environment, cwd=folder, stdout=output, stderr=output, start_new_session=True
-            )
+            self._popens = [
+                subprocess.Popen(
+                    [str(peer.bin / program), *(argument.replace(NODE, f"bench{number}@") for argument in arguments)],
+                    env=self._environment,
+                    cwd=folder,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+                for number in range(workers)
+            ]
 
     def signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._popen.pid, number)
+        for popen in self._popens:
+            with suppress(ProcessLookupError):
+                os.killpg(popen.pid, number)
 
-    def produce(self, workload: str, count: int, rate: float = 0) -> None:
+    def produce(self, workload: str, count: int, rate: float = 0, **environment: str) -> None:
         program = f"import {self.peer.app}; {self.peer.app}.main()"
         command = [str(self.peer.bin / "python"), "-c", program, workload, str(count), str(rate)]
-        done = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=self._environment | environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise BenchmarkError(self.peer.name, "cannot dispatch", done.stderr)
 
@@ -68,7 +79,7 @@ class Running:
         """Wait for so many more tasks, and give their times."""
         deadline = time.monotonic() + TIMEOUT_S
         while self.count() < count:
-            if time.monotonic() > deadline or self._popen.poll() is not None:
+            if time.monotonic() > deadline or any(popen.poll() is not None for popen in self._popens):
                 raise BenchmarkError(self.peer.name, f"did {self.count()} of {count}", self.log.read_text()[-3000:])
             time.sleep(0.02)
         content = self._records.read_bytes()
@@ -80,10 +91,11 @@ class Running:
         return self.wait_for(count)
 
     def pids(self) -> Iterator[int]:
-        """The processes of the worker: those of its session."""
+        """The processes of the workers: those of their sessions."""
+        sessions = {popen.pid for popen in self._popens}
         for entry in Path("/proc").iterdir():
             with suppress(OSError, ValueError):
-                if entry.name.isdigit() and os.getsid(int(entry.name)) == self._popen.pid:
+                if entry.name.isdigit() and os.getsid(int(entry.name)) in sessions:
                     yield int(entry.name)
 
     def cpu_s(self) -> float:
@@ -104,21 +116,48 @@ class Running:
                         total += int(line.split()[1])
         return total / 1024
 
-    def throughput(self, workload: str, count: int) -> tuple[float, float]:
-        """Tasks per second, and CPU microseconds per task, of tasks that are queued before."""
+    def connections(self) -> int:
+        """Open connections of the workers to the broker."""
+        port = Connection(URLS[self.broker]).port or {"redis": 6379, "amqp": 5672}[self.broker]
+        sockets = set()
+        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+            for line in Path(table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if int(fields[2].rpartition(":")[2], 16) == port:
+                    sockets.add(f"socket:[{fields[9]}]")
+        held = 0
+        for pid in self.pids():
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(OSError):
+                    held += str(descriptor.readlink()) in sockets
+        return held
+
+    @contextmanager
+    def halted(self) -> Iterator[None]:
+        """Have the workers stand still."""
         self.signal(signal.SIGSTOP)
         try:
-            self.produce(workload, count)
-            before = self.cpu_s()
+            yield
         finally:
             self.signal(signal.SIGCONT)
-        times = self.wait_for(count)
-        took = max(finished for _, _, finished in times) - min(begun for _, begun, _ in times)
-        return count / took, (self.cpu_s() - before) * 1e6 / count
+
+    def throughput(self, workload: str, count: int) -> tuple[float, float]:
+        """Tasks per second, and CPU microseconds per task, of tasks that are queued before."""
+        with self.halted():
+            self.produce(workload, count)
+            before = self.cpu_s()
+        return self.rate_of(count, before)
+
+    def rate_of(self, count: int, cpu_before_s: float) -> tuple[float, float]:
+        """Tasks per second of the next so many, and CPU microseconds for each that was run meanwhile."""
+        times = sorted(self.wait_for(count), key=itemgetter(2))
+        took = times[count - 1][2] - min(begun for _, begun, _ in times)
+        return count / took, (self.cpu_s() - cpu_before_s) * 1e6 / len(times)
 
     def close(self) -> None:
         self.signal(signal.SIGKILL)
-        self._popen.wait()
+        for popen in self._popens:
+            popen.wait()
 
 
 def purge(broker: str, queue: str) -> None:
@@ -130,12 +169,14 @@ def purge(broker: str, queue: str) -> None:
             return
         for name in (queue, f"{queue}.DQ", f"{queue}.XQ", f"{queue}.dead_letter", f"{queue}.delay"):
             channel.queue_delete(name)
+        channel.exchange_delete(queue)
 
 
 @contextmanager
-def running(peer: Peer, broker: str) -> Iterator[Running]:
+def running(peer: Peer, broker: str, workers: int = 1) -> Iterator[Running]:
+    """Start a worker, or several, of a peer, and end them and their queue with the block."""
     with tempfile.TemporaryDirectory() as folder:
-        worker = Running(peer, broker, Path(folder))
+        worker = Running(peer, broker, Path(folder), workers)
         try:
             worker.run("empty", 1)  # it is ready
             yield worker

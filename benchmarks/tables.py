@@ -11,6 +11,8 @@ def to_number(value: float | None) -> str:
     """Three digits or more; nothing where nothing was measured."""
     if value is None:
         return ""
+    if isinstance(value, int):
+        return f"{value:,}"
     size = abs(value)
     return f"{value:,.0f}" if size >= 100 else f"{value:.1f}" if size >= 1 or not value else f"{value:.2f}"
 
