@@ -4,6 +4,7 @@ Each copy has an id and a delivery tag of its own; all else is what the peer sen
 """
 
 import json
+import socket
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from peers import URLS
 from running import Running, purge
 
 CHUNK = 500
+PATIENT_MS = 60_000
 
 _samples: dict[tuple[str, str, str, int], Any] = {}
 
@@ -23,7 +25,9 @@ _samples: dict[tuple[str, str, str, int], Any] = {}
 def fill(worker: Running, count: int, workload: str = "empty", size: int = 0) -> int:
     """Queue so many messages, and give the bytes of each as they travel to the broker."""
     sample = _sample(worker, workload, size)
-    with Connection(URLS[worker.broker]) as connection:
+    # py-amqp gives up a connection that takes nothing for a second, which a server does that is flooded.
+    options = {"socket_settings": {socket.TCP_USER_TIMEOUT: PATIENT_MS}} if worker.broker == "amqp" else {}
+    with Connection(URLS[worker.broker], transport_options=options) as connection:
         channel = connection.default_channel
         copy = _fill_redis if worker.broker == "redis" else _fill_amqp
         return copy(channel, worker.queue, sample, count)

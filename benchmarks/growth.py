@@ -34,6 +34,8 @@ SIZES = (100, 1_000, 10_000, 100_000, 1_000_000)
 SIZED_BYTES = 100_000_000
 """Most text that is queued at once."""
 QUEUED = (10, 1_000, 100_000, 1_000_000)
+ONCE = 1_000_000
+"""A queue of this length is filled in the first round alone: that takes as long as all else."""
 FEW, REPEATED = 100, 30
 """A queue shorter than this is over too soon for a clock, and filled so many times."""
 REGISTERED = (10, 300, 3_000)
@@ -183,15 +185,18 @@ def _mean(many: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.mean(one[name] for one in many) for name in many[0]}
 
 
-def planned(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Found]]]:
+def planned(options: argparse.Namespace, number: int) -> Iterator[tuple[str, Callable[[], Found]]]:
     """Give title and measurement of what makes one round."""
+    lengths = [length for length in _amounts(QUEUED, options) if length > options.tasks]
+    if number:
+        lengths = [length for length in lengths if length < ONCE]
     if "start" in options.axes:
         yield "start", measure_start
     for broker in options.brokers:
         for peer in [peer for peer in PEERS if peer.name in {OURS, BEST_CELERY[broker]} & set(options.peers)]:
             yield f"{broker}, {peer.name}", partial(measure_base, peer, broker, options)
             for axis, amounts, measure in (
-                ("queued", [length for length in _amounts(QUEUED, options) if length > options.tasks], measure_queue),
+                ("queued", lengths, measure_queue),
                 ("registered", _amounts(REGISTERED, options), measure_registered),
                 ("workers", WORKERS[1:], measure_workers),
             ):
@@ -203,10 +208,10 @@ def measure_all(options: argparse.Namespace, failures: list[str]) -> Found:
     """Give the medians of all rounds; what fails costs nothing else."""
     many: dict[Point, list[dict[str, float]]] = {}
     for number in range(options.rounds):
-        for title, measure in planned(options):
+        for title, measure in planned(options, number):
             try:
                 found = measure()
-            except BenchmarkError as error:
+            except (BenchmarkError, OSError) as error:
                 failures.append(f"round {number + 1}, {title}: {error}")
                 print(failures[-1], file=sys.stderr, flush=True)
                 continue
