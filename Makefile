@@ -5,12 +5,12 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 PYTEST = $(BIN)/pytest
 
-.PHONY: all help lint types fast test conformance demo bench soak chaos fuzz fix cover wheel clean
+.PHONY: all help lint types fast test conformance demo bench bench-growth soak chaos fuzz fix cover wheel clean
 
 all: lint types fast  ## Lint, types and fast tests: under a minute
 
 help:  ## Show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 .venv/.ready: requirements-dev.lock requirements-uv.lock scripts/bootstrap
 	scripts/bootstrap
@@ -35,6 +35,9 @@ conformance: .venv/.ready  ## The AsyncioPool against Celery's own semantics, ou
 
 bench: .venv/.ready  ## This package beside raw Celery, the published package, taskiq, arq and dramatiq: 40 minutes
 	$(BIN)/python benchmarks/bench.py --plot docs/performance.png --document docs/performance.md
+
+bench-growth: .venv/.ready  ## How a task's cost grows with messages, queues, tasks and workers, and what it costs a broker: 15 minutes
+	$(BIN)/python benchmarks/growth.py --document docs/performance.md
 
 soak: .venv/.ready  ## Ten minutes of load on one worker, every task accounted for
 	$(BIN)/python scripts/soak.py

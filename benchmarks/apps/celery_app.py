@@ -4,7 +4,7 @@ import os
 import time
 
 from celery import Celery
-from producing import produce, read_arguments
+from producing import add_text, produce, read_arguments
 from recorder import record
 
 app = Celery("bench", broker=os.environ["BENCH_BROKER"])
@@ -17,6 +17,12 @@ app.conf.update(
 
 @app.task(name="empty")
 def empty(dispatched: float) -> None:
+    record(dispatched, time.time())
+
+
+@app.task(name="text")
+def text(dispatched: float, text: str) -> None:
+    assert text
     record(dispatched, time.time())
 
 
@@ -34,6 +40,13 @@ def hold(dispatched: float) -> None:
     record(dispatched, begun)
 
 
+def other() -> None: ...
+
+
+for number in range(int(os.environ.get("BENCH_TASKS", "0"))):
+    app.task(name=f"other-{number}")(other)
+
+
 def main() -> None:
     workload, count, rate = read_arguments()
-    produce(app.tasks[workload].delay, count, rate)
+    produce(add_text(workload, app.tasks[workload].delay), count, rate)

@@ -7,7 +7,8 @@ import time
 
 import spakky.task
 from celery import Celery
-from producing import produce_async, read_arguments
+from many_handlers import make_handlers
+from producing import add_text, produce_async, read_arguments
 from recorder import record
 from spakky.core.application.application import SpakkyApplication
 from spakky.core.application.application_context import ApplicationContext
@@ -20,6 +21,11 @@ import spakky.plugins.celery
 class Work:
     @task
     async def empty(self, dispatched: float) -> None:
+        record(dispatched, time.time())
+
+    @task
+    async def text(self, dispatched: float, text: str) -> None:
+        assert text
         record(dispatched, time.time())
 
     @task
@@ -37,13 +43,17 @@ class Work:
 
 def create_app() -> SpakkyApplication:
     plugins = {spakky.task.PLUGIN_NAME, spakky.plugins.celery.PLUGIN_NAME}
-    return SpakkyApplication(ApplicationContext()).load_plugins(include=plugins).add(Work)
+    app = SpakkyApplication(ApplicationContext()).load_plugins(include=plugins).add(Work)
+    for handler in make_handlers(int(os.environ.get("BENCH_TASKS", "0"))):
+        app.add(handler)
+    return app
 
 
 def main() -> None:
     workload, count, rate = read_arguments()
     app = create_app().start()
-    asyncio.run(produce_async(getattr(app.container.get(Work), workload), count, rate))
+    send = add_text(workload, getattr(app.container.get(Work), workload))
+    asyncio.run(produce_async(send, count, rate))
     app.stop()
 
 

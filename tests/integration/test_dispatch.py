@@ -513,26 +513,14 @@ def test_a_body_that_the_broker_refuses(start: Callable[..., Caller]) -> None:
 PROGRAM = """
 import asyncio, json, sys, time, traceback
 from support.calling_app import Work, create_small_app
+from support.loop_stall import LoopStall
 
 async def measure(work):
-    longest = 0.0
-
-    async def tick():
-        nonlocal longest
-        last = time.perf_counter()
-        while True:
-            await asyncio.sleep(0.001)
-            now = time.perf_counter()
-            longest, last = max(longest, now - last), now
-
-    ticking = asyncio.create_task(tick())
-    await asyncio.sleep(0.05)
-    begin, longest = time.perf_counter(), 0.0
-    told = await tell(work.add_async(1))
-    seconds = time.perf_counter() - begin
-    await asyncio.sleep(0.005)
-    ticking.cancel()
-    return {**told, "seconds": seconds, "stall": longest}
+    async with LoopStall() as stall:
+        begin = time.perf_counter()
+        told = await tell(work.add_async(1))
+        seconds = time.perf_counter() - begin
+    return {**told, "seconds": seconds, "stall": stall.longest_s}
 
 async def tell(call):
     try:
