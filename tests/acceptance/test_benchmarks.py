@@ -29,7 +29,7 @@ def test_one_round_of_one_peer(tmp_path: Path) -> None:
         "--rounds",
         "1",
         "--tasks",
-        "50",
+        "400",
         "--peers",
         "spakky",
         "--brokers",
