@@ -165,17 +165,19 @@ class Series:
         self.messages = RedisMessages(broker)
         result_key = celery_of(client).backend.get_key_for_task("{}").decode()
         self.account = Account(Events(folder / "events.jsonl"), self.messages, result_key)
+        self.kills = 0
         self.early = 0
         self._started = 0
         self._next = self._start_worker()
 
     def run(self, kills: int) -> list[str]:
         """Kill so many workers, let one more finish, and give what was wrong."""
-        for number in range(kills):
+        while self.kills < kills:
             worker = self._follow()
             self._load_until_moment(worker)
             worker.process.kill()
-            self._account_for(f"kill {number + 1}")
+            self.kills += 1
+            self._account_for(f"kill {self.kills}")
             if self.account.problems:
                 return [*self.account.problems, worker.process.output[-5000:]]
         worker = self._follow()
@@ -262,14 +264,14 @@ def kill_workers(folder: Path, kills: int, seed: int) -> list[str]:
                 series.close()
     finally:
         drop_queue(broker)
-    report(series, kills, time.monotonic() - begin)
+    report(series, time.monotonic() - begin)
     return problems
 
 
-def report(series: Series, kills: int, seconds: float) -> None:
+def report(series: Series, seconds: float) -> None:
     account, events = series.account, series.account.events
     again = {task_id: runs - 1 for task_id, runs in events.started.items() if runs > 1}
-    print(f"{kills} kills in {seconds:.0f} s, {series.early} of them while the worker started")
+    print(f"{series.kills} kills in {seconds:.0f} s, {series.early} of them while the worker started")
     print(f"dispatched: {account.dispatched}; ended: {len(events.ended)}; runs begun: {events.started.total()}")
     print(f"left unacknowledged by a kill: {account.left.total()}; run again of these: {sum(again.values())}")
     print(f"tasks that ran again: {len(again)}, at most {max(again.values(), default=0)} times")

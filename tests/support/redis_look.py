@@ -93,6 +93,7 @@ class RedisMessages:
         """Leave a message that waits on a list as a worker of a queue leaves it that was killed long ago."""
         raw: Any = self.redis.rpop(parked)
         message = json.loads(raw)
+        message["properties"]["delivery_info"] = {"exchange": "", "routing_key": queue}
         tag = message["properties"]["delivery_tag"]
         with self.redis.pipeline(transaction=True) as pipe:
             pipe.hset(self._unacked, tag, json.dumps([message, "", queue])).zadd(self._index, {tag: LONG_AGO}).execute()
