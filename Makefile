@@ -43,7 +43,8 @@ soak: .venv/.ready  ## Ten minutes of load on one worker, every task accounted f
 	$(BIN)/python scripts/soak.py
 
 chaos: .venv/.ready  ## Kills and broker outages, more of them than the tests have
-	SPAKKY_TEST_OUTAGES=20 $(BIN)/pytest -q --timeout 1200 tests/acceptance/test_outages.py tests/acceptance/test_restarts.py tests/acceptance/test_delivery.py
+	SPAKKY_TEST_OUTAGES=20 $(BIN)/pytest -q --timeout 1200 tests/acceptance/test_outages.py tests/acceptance/test_restarts.py tests/acceptance/test_delivery.py tests/acceptance/test_redis_steps.py
+	$(BIN)/python scripts/kill_series.py
 
 fuzz: .venv/.ready  ## Twenty thousand random values through the codec, and 200,000 changed messages to a worker on each broker
 	SPAKKY_TEST_EXAMPLES=20000 $(BIN)/pytest -q --timeout 1800 tests/unit/test_codec.py -k any_value

@@ -6,7 +6,7 @@ import random
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from billiard.exceptions import WorkerLostError
 from kombu import Connection
 from spakky.core.application.application import SpakkyApplication
 
-from support.brokers import Broker, make_broker
+from support.brokers import Broker, isolate, make_broker
 from support.delivery_app import Killer, create_app
 from support.fixtures import celery_of, client_of, drop_queue, read_events
 from support.probe import Calls
@@ -25,22 +25,6 @@ pytestmark = pytest.mark.slow
 
 REDELIVERY = {"SPAKKY_CELERY__VISIBILITY_TIMEOUT": "2"}
 """Lets Redis give a message that nobody acknowledged to another worker soon. AMQP brokers do so at once."""
-
-
-def isolate(broker: Broker) -> Broker:
-    """Give a Redis broker's unacknowledged messages a place of their own.
-
-    By default all applications of one Redis database share that place, so that a worker with a short visibility timeout
-    delivers what a worker of another application runs.
-    """
-    if broker.kind != "redis":
-        return broker
-    options = {
-        "unacked_key": f"{broker.app_name}.unacked",
-        "unacked_index_key": f"{broker.app_name}.unacked_index",
-        "unacked_mutex_key": f"{broker.app_name}.unacked_mutex",
-    }
-    return replace(broker, transport_options=options)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import json
 import os
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -76,6 +76,22 @@ def make_broker(kind: str, folder: Path) -> Broker:
             return redis_broker()
         case _:
             return amqp_broker(folder / "results")
+
+
+def isolate(broker: Broker) -> Broker:
+    """Give a Redis broker's unacknowledged messages a place of their own.
+
+    By default all applications of one Redis database share that place, so that a worker with a short visibility timeout
+    delivers what a worker of another application runs.
+    """
+    if broker.kind != "redis":
+        return broker
+    options = {
+        "unacked_key": f"{broker.app_name}.unacked",
+        "unacked_index_key": f"{broker.app_name}.unacked_index",
+        "unacked_mutex_key": f"{broker.app_name}.unacked_mutex",
+    }
+    return replace(broker, transport_options=options)
 
 
 def require_server(url: str, variable: str, default_port: int) -> None:
