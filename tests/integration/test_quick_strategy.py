@@ -61,11 +61,10 @@ def celery(app: SpakkyApplication) -> Celery:
 
 
 @pytest.fixture
-def taken() -> Iterator[Taken]:
-    taken = Taken()
-    yield taken
+def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
     for signal in (signals.task_received, signals.task_prerun):
-        signal.disconnect(taken.listener)
+        monkeypatch.setattr(signal, "receivers", [])  # others' tests leave some
+    return Taken()
 
 
 @pytest.fixture

@@ -221,19 +221,29 @@ class TaskCodec:
         return self._convert_result(_ValueCodec.decode, wire)
 
     def masked_reprs(self, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, str]:
-        """Give the texts by which logs and events show the arguments; none where Celery may make them.
+        """Give the texts by which logs and events show a caller's arguments; none where Celery may make them."""
+        return self._mask(self._show, args, kwargs)
 
-        What has no parameter is masked too: of a message of another producer it may be anything.
-        """
+    def masked_wire_reprs(self, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, str]:
+        """Give the same for what was in a message, of any producer: what is in the place of another may be a secret."""
+        return self._mask(self._show_if_plain, args, kwargs)
+
+    def _mask(
+        self, show: Callable[[str, object], str], args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> dict[str, str]:
         if not self._has_sensitive_arguments:
             return {}
-        shown = [self._show(parameter, value) for parameter, value in self._pair(args)]
-        named = [f"{name!r}: {self._show(self._to_parameter(name), value)}" for name, value in kwargs.items()]
+        shown = [show(parameter, value) for parameter, value in self._pair(args)]
+        named = [f"{name!r}: {show(self._to_parameter(name), value)}" for name, value in kwargs.items()]
         return {"argsrepr": f"[{', '.join(shown)}]", "kwargsrepr": f"{{{', '.join(named)}}}"}
 
     def _show(self, parameter: str, value: object) -> str:
+        return _MASK if self._codecs[parameter].is_sensitive else _shorten(repr(value))
+
+    def _show_if_plain(self, parameter: str, value: object) -> str:
+        """Show what is of the very type that its parameter has; digits, say, may be meant for a number or a secret."""
         codec = self._codecs.get(parameter)
-        return _MASK if codec is None or codec.is_sensitive else _shorten(repr(value))
+        return self._show(parameter, value) if codec is not None and type(value) in codec.quick else _MASK
 
     def _are_quick(self, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
         """Whether all are JSON as they are, and fit: of most calls all are."""

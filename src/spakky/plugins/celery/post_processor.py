@@ -298,7 +298,7 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
             attributes["Request"] = PROTECTED_REQUEST
         codec = codec_of(method)
         if codec.has_sensitive_arguments:
-            attributes |= {"Request": MASKED_REQUEST, MASK_ATTRIBUTE: codec.masked_reprs}
+            attributes |= {"Request": MASKED_REQUEST, MASK_ATTRIBUTE: codec.masked_wire_reprs}
         if method.schedule is not None and self._principals.is_wanted_for(method):
             attributes["apply_async"] = self._principals.make_apply_async(method)
         if codec.has_sensitive_result:

@@ -58,9 +58,9 @@ _ONE_PROCESS: Final = (
 class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
     """Runs ``async def`` tasks on one event loop, up to the worker's concurrency at a time, and sync tasks on threads.
 
-    Celery's own tracer accounts for every task: states, signals, retries, canvas and acknowledgements are its code. For
-    an ``async def`` task it runs in a greenlet that is suspended while the body is on the loop, so that a run costs no
-    thread, and what Celery does around a body (results, chains) never holds up the loop.
+    Celery's own tracer accounts for every task that somebody is to hear of: states, signals, retries and canvas are its
+    code. For an ``async def`` task it runs in a greenlet of another thread, around the body or after it, so that a run
+    costs no thread, and what Celery does around a body (results, chains) never holds up the loop.
 
     The loop is that of the Spakky application whose tasks these are; without one, as in a plain Celery app, the pool's
     own. Settings: ``spakky_worker_threads`` and ``spakky_blocked_loop_warning`` of the Celery app.
