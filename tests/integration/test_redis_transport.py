@@ -2,6 +2,7 @@
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -16,6 +17,7 @@ from kombu.asynchronous import Hub
 from spakky.plugins.celery.common.broker_url import to_batched
 from spakky.plugins.celery.transport.redis import Transport
 from support.brokers import REDIS_URL, require_server
+from support.processes import wait_until
 from support.servers import cuttable_proxy
 
 KINDS = {"kombu": REDIS_URL, "batched": to_batched(REDIS_URL)}
@@ -446,3 +448,33 @@ def test_tls_is_verified() -> None:
     assert isinstance(connection.transport, Transport)
     assert connection.ssl == {"ssl_cert_reqs": "required"}
     assert not Connection("spakky-redis://localhost:1/0").ssl
+
+
+def test_a_crowd_that_waits_is_not_woken_by_each_message(scene: Scene) -> None:
+    """Who took the last message waits for the next; others rest longer each time, and take over when it is busy."""
+    stop = threading.Event()
+    readers = [Reader(scene.connect(**NEVER)) for _ in range(8)]
+
+    def read(reader: Reader) -> None:
+        while not stop.is_set():
+            with suppress(TimeoutError):
+                reader.connection.drain_events(timeout=0.1)
+
+    threads = [threading.Thread(target=read, args=(reader,)) for reader in readers]
+    with scene.redis.monitor() as monitor:
+        for thread in threads:
+            thread.start()
+        try:
+            for number in range(100):
+                scene.put(str(number))
+                wait_until(lambda number=number: sum(len(reader.messages) for reader in readers) > number)  # type: ignore[misc]
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        scene.redis.echo(scene.prefix + "end")
+        asked = 0
+        while scene.prefix + "end" not in (command := monitor.next_command()["command"]):
+            asked += command.startswith("EVAL") and scene.prefix in command
+    assert sorted(int(text) for reader in readers for text in reader.texts) == list(range(100))
+    assert asked < 4 * 100

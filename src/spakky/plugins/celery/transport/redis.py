@@ -9,6 +9,7 @@ import logging
 import sys
 import time
 from collections import defaultdict, deque
+from random import uniform
 from typing import Any, ClassVar, Final, NamedTuple, override
 
 import redis
@@ -29,6 +30,11 @@ _BATCH: Final = 50
 
 _REFUSED_S: Final = 1.0
 """Time between two looks at queues that Redis does not let this user, or anybody, wait on."""
+
+_SHORTEST_REST_S: Final = 0.0025
+_LONGEST_REST_S: Final = 0.05
+"""Time for which a worker that others were faster than does not wait for messages: twice that of the time before, and
+at most so long. Redis wakes all that wait for each message, and who took the last one waits for the next at once."""
 
 _TAKE: Final = """
 local limit, now, width = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
@@ -197,7 +203,10 @@ class Channel(stock.Channel):
         self._watches: dict[str, _Watch] = {}
         self._watch_pool: Any = None
         self._is_drained = False
+        self._is_woken = False
+        self._misses = 0
         self._watch_from = 0.0
+        self._is_refusal_told = False
         super().__init__(*args, **kwargs)
 
     @override
@@ -298,12 +307,25 @@ class Channel(stock.Channel):
             self._in_poll = None
             self._flush_brpop_reauth()
         self._is_drained = len(taken) < 3 * limit
+        if taken:
+            self._misses = 0
+        elif self._is_woken:
+            self._rest()
+        self._is_woken = False
         messages = deque(
             _Taken(self._lists[abs(place) - 1], place > 0, raw, tag)
             for place, raw, tag in zip(taken[::3], taken[1::3], taken[2::3], strict=True)
         )
         self._deliver_batch(messages)
         return bool(taken)
+
+    def _rest(self) -> None:
+        """Leave the next messages to others for a moment."""
+        longest_s = min(_LONGEST_REST_S, _SHORTEST_REST_S * 2 ** min(self._misses, 10))
+        rest_s = longest_s * uniform(0.5, 1)  # noqa: S311  # it keeps workers apart, and no secret
+        self._misses += 1
+        self._watch_from = time.monotonic() + rest_s
+        self.connection.turn_in(rest_s)
 
     def _take(self) -> None:
         self._lists = self._queue_lists()
@@ -348,7 +370,7 @@ class Channel(stock.Channel):
 
     def _watch(self) -> None:
         """Have Redis tell when a message comes, of any priority."""
-        if self.is_refused:
+        if self.rest_s > 0:
             return
         for key in self._queue_lists():
             watch = self._watches.get(key)
@@ -371,12 +393,15 @@ class Channel(stock.Channel):
             found = self._read(watch, "BLMOVE")
         except self.ResponseError as error:
             # Such as a server that is out of memory: nobody can write then, but what is there can be taken.
-            if not self._watch_from:
+            if not self._is_refusal_told:
+                self._is_refusal_told = True
                 logger.warning("Redis cannot be waited on, and is asked each second: %s", error)
             self._watch_from = time.monotonic() + _REFUSED_S
-            found = True
+            self._is_drained = False
+            return
         if found is not None:
             self._is_drained = False
+            self._is_woken = True
 
     def _read(self, client: Any, command: str) -> Any:
         try:
@@ -386,9 +411,9 @@ class Channel(stock.Channel):
             raise
 
     @property
-    def is_refused(self) -> bool:
-        """Whether Redis has refused to be waited on a moment ago."""
-        return self._is_drained and time.monotonic() < self._watch_from
+    def rest_s(self) -> float:
+        """Seconds until it waits again: Redis has refused to be waited on, or others were faster, a moment ago."""
+        return max(0.0, self._watch_from - time.monotonic()) if self._is_drained else 0.0
 
     def drop_overdue_watches(self) -> None:
         """Close connections on which an answer is overdue: their server is gone without a word."""
@@ -495,8 +520,9 @@ class _Poller(stock.MultiChannelPoller):
 
     @override
     def get(self, callback: Any, timeout: float | None = None) -> Any:
-        if any(channel.is_refused for channel in self._channels):  # nothing else would end this in time
-            timeout = _REFUSED_S if timeout is None else min(timeout, _REFUSED_S)
+        rests = [rest_s for channel in self._channels if (rest_s := channel.rest_s) > 0]
+        if rests:  # nothing else would end this in time
+            timeout = min(rests) if timeout is None else min(timeout, *rests)
         return super().get(callback, timeout)
 
     def register_watch(self, channel: Channel, watch: _Watch) -> None:
@@ -523,6 +549,7 @@ class Transport(stock.Transport):
 
     has_hub = False
     """Whether a worker's hub turns for this connection."""
+    _hub: Any = None
 
     def __init__(self, client: Any, **kwargs: Any) -> None:
         if has_tls_scheme(f"{client.transport_cls}://") and not client.ssl:
@@ -533,4 +560,10 @@ class Transport(stock.Transport):
     @override
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         self.has_hub = True
+        self._hub = loop
         super().register_with_event_loop(connection, loop)
+
+    def turn_in(self, seconds: float) -> None:
+        """Have the hub turn, if there is one, that waits for an event or a timer otherwise."""
+        if self._hub is not None:
+            self._hub.call_later(seconds, lambda: None)
