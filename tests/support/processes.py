@@ -1,5 +1,6 @@
 """Worker and beat processes under test, started as a user starts them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -62,8 +63,12 @@ class Process:
 
 
 def make_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process under test: ours, without settings of the plugin, plus these."""
+    """The environment of a process under test: ours, without settings of the plugin, plus these.
+
+    ``SPAKKY_TEST_SETTINGS`` has settings, as a JSON object, that all have unless a test says otherwise.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SPAKKY_")}
+    kept |= json.loads(os.environ.get("SPAKKY_TEST_SETTINGS", "{}"))
     return {**kept, "PYTHONPATH": str(TESTS), "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "default", **extra}
 
 
