@@ -159,6 +159,7 @@ PUBLIC_NAMES: dict[str, list[str]] = {
         "HANDLER_POD_HEADER",
         "LOOP_BODY_ATTRIBUTE",
         "MASKED_REQUEST",
+        "MASK_ATTRIBUTE",
         "MAX_HEADER_BYTES_SETTING",
         "MAX_MESSAGE_BYTES_SETTING",
         "ONLY_FAILURES_ATTRIBUTE",

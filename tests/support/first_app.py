@@ -23,11 +23,6 @@ SIGNALS = "FIRST_SIGNALS"
 QUICK = RetryPolicy(max_retries=2, backoff=0.05, backoff_max=0.05, jitter=False)
 
 
-@Pod(scope=Pod.Scope.PROTOTYPE)
-class Fresh:
-    """What each handler has one of."""
-
-
 @TaskHandler()
 class Ends:
     """Tasks that end in every way."""
@@ -75,10 +70,6 @@ class Ends:
     async def reject(self) -> None:
         raise Reject(None, requeue=False)
 
-    @task
-    async def end_process(self) -> None:
-        raise SystemExit(3)
-
     @task_options(soft_time_limit=0.3)
     @task
     async def warned(self) -> str:
@@ -109,23 +100,7 @@ class Ends:
         return "gone"
 
     @task
-    async def hold(self, tag: str) -> None:
-        record("holding", tag=tag)
-        try:
-            await asyncio.sleep(3600)
-        finally:
-            record("cleaned up", tag=tag)
-
-    @task
-    async def total(self, numbers: list[int]) -> int:
-        return sum(numbers)
-
-    @task
-    async def double(self, number: int) -> int:
-        return 2 * number
-
-    @task
-    async def look(self, text: str, *, mark: int = 0) -> dict[str, Any]:
+    async def look(self, text: str) -> dict[str, Any]:
         """Tell all that is known of the run, and whether it is the same wherever it is asked for."""
         before = who()
         await asyncio.sleep(0.01)
@@ -150,19 +125,6 @@ def who() -> list[Any]:
 async def ask() -> list[Any]:
     await asyncio.sleep(0)
     return who()
-
-
-@Pod(scope=Pod.Scope.PROTOTYPE)
-@TaskHandler()
-class Prototypes:
-    """A handler that is made for each run."""
-
-    def __init__(self) -> None:
-        record("made", thread=threading.current_thread().name)
-
-    @task
-    async def count(self) -> None:
-        record("counted")
 
 
 @Pod()
