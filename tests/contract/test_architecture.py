@@ -74,6 +74,7 @@ VALUES = {
     "codec",
     "common",
     "common.annotation_joins",
+    "common.batches",
     "common.broker_url",
     "common.celery_options",
     "common.config",

@@ -12,7 +12,8 @@ from amqp.exceptions import UnexpectedFrame
 from kombu import Connection, Consumer, Queue
 from kombu.asynchronous import Hub
 
-from spakky.plugins.celery.worker.amqp_batches import Transport, _Socket, writes_together
+from spakky.plugins.celery.common.batches import batch
+from spakky.plugins.celery.worker.amqp_batches import Transport, _Socket
 from support.brokers import AMQP_URL, require_server
 
 
@@ -94,10 +95,10 @@ def test_what_is_written_in_a_block_is_sent_together(ends: tuple[_Socket, socket
     transport, broker = ends
     broker.settimeout(0.05)
     buffer = bytearray(b"first")
-    with writes_together():
+    with batch():
         transport.write(memoryview(buffer))
         buffer[:] = b"later"
-        with writes_together():
+        with batch():
             transport.write(b", second")
         with pytest.raises(TimeoutError):
             broker.recv(100)
@@ -109,7 +110,7 @@ def test_what_is_written_in_a_block_is_sent_together(ends: tuple[_Socket, socket
 def test_an_answer_is_not_waited_for_before_its_question_is_sent(ends: tuple[_Socket, socket.socket]) -> None:
     """A read in a block sends first."""
     transport, broker = ends
-    with writes_together():
+    with batch():
         transport.write(b"question")
         with pytest.raises(TimeoutError):
             transport.read_frame()
@@ -119,7 +120,7 @@ def test_an_answer_is_not_waited_for_before_its_question_is_sent(ends: tuple[_So
 def test_other_threads_do_not_wait_for_the_block(ends: tuple[_Socket, socket.socket]) -> None:
     """They write at once."""
     transport, broker = ends
-    with writes_together():
+    with batch():
         thread = threading.Thread(target=transport.write, args=(b"other",))
         thread.start()
         thread.join()
@@ -149,7 +150,7 @@ def test_a_hub_takes_what_came_with_an_answer(connection: Connection) -> None:
         queue.queue_declare(passive=True)  # its answer comes with the messages
         while len(taken) < 200:
             hub.run_once()
-        with writes_together():
+        with batch():
             for message in taken:
                 message.ack()
         assert queue.queue_declare(passive=True).message_count == 0

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 
+from spakky.plugins.celery.common.batches import batch
 from spakky.plugins.celery.worker.loop_calls import LoopCalls
 
 MARK: ContextVar[str] = ContextVar("MARK", default="")
@@ -64,3 +65,24 @@ async def test_calls_have_a_context_of_their_own() -> None:
     calls.put(lambda: seen.append(MARK.get()))
     await until(lambda: seen)
     assert seen == [""]
+
+
+async def test_a_batch_wakes_the_loop_at_its_end() -> None:
+    """From another thread, which waits in the middle of it for calls that are not yet made."""
+    calls, made, middle, goes_on = LoopCalls(asyncio.get_running_loop()), [], threading.Event(), threading.Event()
+
+    def put() -> None:
+        with batch():
+            for number in range(40):
+                calls.put(lambda number=number: made.append(number))  # type: ignore[misc]
+            middle.set()
+            goes_on.wait(10)
+
+    thread = threading.Thread(target=put)
+    thread.start()
+    await asyncio.to_thread(middle.wait, 10)
+    assert made == []
+    goes_on.set()
+    await until(lambda: len(made) == 40)
+    thread.join()
+    assert made == list(range(40))

@@ -95,7 +95,10 @@ def fields_of(request: Request) -> dict[str, Any]:
     """All that a request has, also in slots."""
     names = {name for class_ in type(request).__mro__ for name in getattr(class_, "__slots__", ())} - {"__weakref__"}
     names = {f"_Request{name}" if name == "__payload" else name for name in names} | set(vars(request))
-    return {name: getattr(request, name, "none") for name in names - {"__dict__", "first", "_on_ack", "_on_reject"}}
+    return {
+        name: getattr(request, name, "none")
+        for name in names - {"__dict__", "first", "is_checked", "_on_ack", "_on_reject"}
+    }
 
 
 @pytest.mark.parametrize(

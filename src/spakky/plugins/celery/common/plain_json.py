@@ -7,7 +7,8 @@ from kombu.utils import json as kombu_json
 
 __all__ = ["loads_json"]
 
-_HOOKED: Final = ("__type__", "\\u00")
+_HOOK: Final = "__type__"
+_ESCAPE: Final = "\\u00"
 """Marks of the values that kombu's hook makes, and of escapes by which they could be written otherwise."""
 
 _decode: Final = json.JSONDecoder().decode
@@ -19,6 +20,6 @@ def loads_json(text: str) -> Any:
     Raises:
         ValueError: If the text is no JSON, or has a value that kombu cannot make.
     """
-    if any(mark in text for mark in _HOOKED):
+    if _HOOK in text or _ESCAPE in text:
         return kombu_json.loads(text)
     return _decode(text)

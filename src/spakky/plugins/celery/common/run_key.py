@@ -5,7 +5,7 @@ from typing import Any
 
 from celery import _state
 
-__all__ = ["RUN_KEY", "current_key", "key_by_run"]
+__all__ = ["RUN_KEY", "current_key", "enter_stack", "key_by_run", "leave_stack"]
 
 RUN_KEY: ContextVar[object] = ContextVar("RUN_KEY", default=None)
 """The key of this context's run in Celery's stacks; None outside of bodies on an event loop."""
@@ -35,6 +35,21 @@ def key_by_run(stack: Any = None) -> bool:
         identify.is_by_run = True  # type: ignore[attr-defined]  # a mark
         stack.__ident_func__ = identify
     return True
+
+
+def enter_stack(stack: Any, key: object, value: object) -> None:
+    """Do what pushing a value to a stack does where this key has nothing on it, in a quarter of the time."""
+    _storage(stack)[key] = {"stack": [value]}
+
+
+def leave_stack(stack: Any, key: object) -> None:
+    """Remove all that a key has on a stack."""
+    _storage(stack).pop(key, None)
+
+
+def _storage(stack: Any) -> dict[object, dict[str, list[object]]]:
+    storage: dict[object, dict[str, list[object]]] = stack._local.__storage__  # noqa: SLF001  # Celery's LocalStack
+    return storage
 
 
 def current_key() -> object:

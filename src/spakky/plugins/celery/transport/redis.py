@@ -17,6 +17,7 @@ from kombu.transport import redis as stock
 from kombu.transport import virtual
 from kombu.utils.scheduling import priority_cycle
 
+from spakky.plugins.celery.common.batches import batch
 from spakky.plugins.celery.common.broker_url import has_tls_scheme
 from spakky.plugins.celery.common.fresh_ids import make_id
 from spakky.plugins.celery.common.plain_json import loads_json
@@ -345,17 +346,18 @@ class Channel(stock.Channel):
     def _deliver_batch(self, messages: "deque[_Taken]") -> None:
         qos: Any = self.qos
         try:
-            while messages:
-                taken = messages.popleft()
-                queue = taken.key.rsplit(self.sep, 1)[0]
-                self._queue_cycle.rotate(queue)
-                message = taken.read() if taken.is_stored else None
-                if message is not None:
-                    self._deliver_stored(message, queue)
-                elif taken.is_stored:
-                    qos.put_aside(taken.tag, taken.key, taken.raw)
-                else:
-                    _tell_aside(taken.raw, taken.key)
+            with batch():
+                while messages:
+                    taken = messages.popleft()
+                    queue = taken.key.rsplit(self.sep, 1)[0]
+                    self._queue_cycle.rotate(queue)
+                    message = taken.read() if taken.is_stored else None
+                    if message is not None:
+                        self._deliver_stored(message, queue)
+                    elif taken.is_stored:
+                        qos.put_aside(taken.tag, taken.key, taken.raw)
+                    else:
+                        _tell_aside(taken.raw, taken.key)
         finally:
             for taken in messages:  # what was accepted last has ended the worker
                 if taken.is_stored:

@@ -5,9 +5,6 @@ with one. In each a thread lets go of the interpreter, and where others are busy
 """
 
 import errno
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from struct import Struct
 from typing import Any, Final, override
 
@@ -15,7 +12,9 @@ from amqp.exceptions import RecoverableConnectionError, UnexpectedFrame
 from amqp.transport import TCPTransport
 from kombu.transport import pyamqp
 
-__all__ = ["Transport", "writes_together"]
+from spakky.plugins.celery.common.batches import at_batch_end, batch
+
+__all__ = ["Transport"]
 
 _CHUNK: Final = 64 * 1024
 """Most bytes that are read at once: a worker's loop does nothing else while it accepts what is in them."""
@@ -25,37 +24,11 @@ _OVERHEAD: Final = _HEAD.size + 1
 _WOULD_BLOCK: Final = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR})
 
 
-class _Held(threading.local):
-    """The sockets to which this thread has something to write, while it is to write together."""
-
-    sockets: "set[_Socket] | None" = None
-
-
-_held: Final = _Held()
-
-
-@contextmanager
-def writes_together() -> Iterator[None]:
-    """Have what this thread writes to connections of this transport sent when the block ends, or before it reads.
-
-    Raises:
-        OSError: At the end, if a connection is lost.
-    """
-    if _held.sockets is not None:
-        yield
-        return
-    held: set[_Socket] = set()
-    _held.sockets = held
-    try:
-        yield
-    finally:
-        _held.sockets = None
-        for one in held:
-            one.flush()
-
-
 class _Socket(TCPTransport):  # type: ignore[misc]  # the host ships no types
-    """py-amqp's socket, with a buffer for each direction."""
+    """py-amqp's socket, with a buffer for each direction.
+
+    What is written in a batch is sent when the batch ends, or before something is read.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -102,12 +75,10 @@ class _Socket(TCPTransport):  # type: ignore[misc]  # the host ships no types
 
     @override
     def write(self, s: Any) -> None:
-        held = _held.sockets
-        if held is None:
+        if at_batch_end(self.flush):
+            self._unsent.append(bytes(s))  # py-amqp uses the buffer again
+        else:
             super().write(s)
-            return
-        self._unsent.append(bytes(s))  # py-amqp uses the buffer again
-        held.add(self)
 
     def flush(self) -> None:
         """Send what is held back."""
@@ -140,8 +111,9 @@ class _Connection(pyamqp.Connection):
         transport = self._transport
         if isinstance(transport, _Socket):
             handle: Any = self.on_inbound_frame
-            while transport.has_frame:
-                handle(transport.read_frame())
+            with batch():
+                while transport.has_frame:
+                    handle(transport.read_frame())
 
 
 class Transport(pyamqp.Transport):
@@ -167,7 +139,7 @@ class Transport(pyamqp.Transport):
         if not connection.connected:
             message = "Socket was disconnected"
             raise RecoverableConnectionError(message)
-        with writes_together():
+        with batch():
             try:
                 connection.blocking_read(timeout=0)
             except TimeoutError:

@@ -25,7 +25,7 @@ from celery.worker.request import Request
 from kombu.utils.encoding import safe_repr
 
 from spakky.plugins.celery.common.constants import BODY_FIRST_SETTING, LOOP_BODY_ATTRIBUTE, ONLY_FAILURES_ATTRIBUTE
-from spakky.plugins.celery.common.run_key import RUN_KEY, key_by_run
+from spakky.plugins.celery.common.run_key import RUN_KEY, enter_stack, key_by_run, leave_stack
 from spakky.plugins.celery.common.task_body import ENDED_BODY, SUSPEND, LoopBody, TaskBody
 from spakky.plugins.celery.worker.pool_run import DroppedError, Pool, PoolRun
 
@@ -61,7 +61,7 @@ class _TaskRequest(TaskRequest):  # type: ignore[misc]  # the host ships no type
 
     @override
     def _get_custom_headers(self, fields: dict[str, Any], **_: Any) -> dict[str, Any] | None:
-        return {name: value for name, value in fields.items() if name not in _CELERYS_FIELDS} or None
+        return {name: fields[name] for name in fields.keys() - _CELERYS_FIELDS} or None
 
 
 class BodyFirst:
@@ -202,13 +202,13 @@ class BodyFirstRun(PoolRun):
     def _enter(self) -> None:
         RUN_KEY.set(self)
         SUSPEND.set(self._suspend)
-        _current_tasks.push(self._first.task)
-        self._first.stack.push(self._task_request)
+        enter_stack(_current_tasks, self, self._first.task)
+        enter_stack(self._first.stack, self, self._task_request)
 
     def _leave(self) -> None:
         self._first.body.end()
-        self._first.stack.pop()
-        _current_tasks.pop()
+        leave_stack(self._first.stack, self)
+        leave_stack(_current_tasks, self)
 
     @override
     def _resume(self) -> None:

@@ -36,6 +36,7 @@ from spakky.plugins.celery.worker.bounded_decompression import (
     bound_decompression,
 )
 from spakky.plugins.celery.worker.message_checks import (
+    CommonMessages,
     Problem,
     SizeLimits,
     find_message_problem,
@@ -43,6 +44,7 @@ from spakky.plugins.celery.worker.message_checks import (
     find_request_problem,
     is_name,
 )
+from spakky.plugins.celery.worker.quick_strategy import QuickRequest
 
 __all__ = ["GuardedConsumer"]
 
@@ -94,13 +96,16 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # the host ships no type
         lost_connection = self._lost_connection
         strategies = self.strategies
 
+        common = CommonMessages(self._limits)
+
         def check_then_handle(message: Any) -> None:
-            problem = find_message_problem(message, self._limits)
+            is_common = common.has(message)
+            problem = None if is_common else find_message_problem(message, self._limits)
             if problem is not None:
                 self._refuse(message, problem)
                 return
             try:
-                take = getattr(strategies.get(message.headers.get("task")), TAKE_ATTRIBUTE, None)
+                take = getattr(strategies.get(message.headers["task"]), TAKE_ATTRIBUTE, None) if is_common else None
                 if take is None or not take(message):
                     handle(message)
             except lost_connection:
@@ -165,7 +170,8 @@ class GuardedConsumer(Consumer):  # type: ignore[misc]  # the host ships no type
     def _check_then_give(self, request: Any) -> None:
         """Have the pool run a request; called by Celery at once, or by a timer when it is due."""
         try:
-            problem = find_request_problem(request)
+            is_checked = isinstance(request, QuickRequest) and request.is_checked
+            problem = None if is_checked else find_request_problem(request)
             if problem is None:
                 self._give_to_pool(request)
                 return

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from spakky.plugins.celery.worker.amqp_batches import writes_together
+from spakky.plugins.celery.common.batches import batch
 
 __all__ = ["HubCalls"]
 
@@ -62,7 +62,7 @@ class HubCalls:
     def _call_all(self) -> None:
         self._receiver.recv(64)
         self._is_woken = False  # before the calls are looked at: who puts one later wakes the hub again
-        with writes_together():
+        with batch():
             while self._calls:
                 try:
                     self._calls.popleft()()

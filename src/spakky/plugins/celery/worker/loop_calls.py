@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextvars import Context
 from typing import Final
 
+from spakky.plugins.celery.common.batches import at_batch_end
+
 __all__ = ["LoopCalls"]
 
 logger = logging.getLogger(__name__)
@@ -28,9 +30,13 @@ class LoopCalls:
         return len(self._calls)
 
     def put(self, call: Callable[[], object]) -> None:
-        """Have the loop make a call; from any thread."""
+        """Have the loop make a call; from any thread. In a batch the loop is woken once, at its end."""
         self._calls.append(call)
-        if not self._is_woken:
+        if not self._is_woken and not at_batch_end(self._wake):
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._calls and not self._is_woken:
             self._is_woken = True
             self._loop.call_soon_threadsafe(self._call_some, context=Context())
 

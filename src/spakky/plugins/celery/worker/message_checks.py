@@ -7,9 +7,19 @@ where nobody catches it and the worker ends, or where the message is never ackno
 import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
+from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
-__all__ = ["Problem", "SizeLimits", "find_message_problem", "find_name_problem", "find_request_problem", "is_name"]
+__all__ = [
+    "CommonMessages",
+    "Problem",
+    "SizeLimits",
+    "find_message_problem",
+    "find_name_problem",
+    "find_request_problem",
+    "is_common_payload",
+    "is_name",
+]
 
 _LONGEST_ID: Final = 255
 """As an AMQP correlation id, which Celery sends too, has room for."""
@@ -19,6 +29,12 @@ _NO_OTHERS: Final = {"callbacks": None, "errbacks": None, "chain": None, "chord"
 """What nearly every body has beside its arguments."""
 _FIELD_BYTES: Final = 8
 """Counted for each value that has no length."""
+_BODIES: Final = frozenset({bytes, str})
+_MOST_SHAPES: Final = 256
+"""Of more than these each message is looked at in full: who sends them may choose names at will."""
+_UNSEEN: Final[Any] = object()
+
+type _Getter = Callable[[dict[str, Any]], tuple[Any, ...]]
 
 
 class Problem(NamedTuple):
@@ -27,6 +43,57 @@ class Problem(NamedTuple):
     reason: str
     size: int = 0
     limit: int = 0
+
+
+class CommonMessages:
+    """Knows messages in which nothing is to be refused by the names and types of their headers.
+
+    All messages that one version of a producer sends of a task have them alike. So what depends on them alone is found
+    out once, and of each message only the values are looked at.
+    """
+
+    def __init__(self, limits: "SizeLimits") -> None:
+        self._limits = limits
+        self._shapes: dict[tuple[object, ...], _Shape | None] = {}
+
+    def has(self, message: Any) -> bool:
+        """Whether neither ``find_message_problem`` nor, by its headers, ``find_request_problem`` finds anything.
+
+        False says nothing.
+        """
+        headers, properties, body = message.headers, message.properties, message.body
+        if type(headers) is not dict or type(body) not in _BODIES:
+            return False
+        key = (*headers, *map(type, headers.values()))
+        shape = self._shapes.get(key, _UNSEEN)
+        if shape is _UNSEEN:
+            shape = self._learn(key, headers)
+        if shape is None:
+            return False
+        names = shape.get_names(headers)
+        for name in ("correlation_id", "reply_to"):
+            value = properties.get(name)
+            if type(value) is str:
+                names = (*names, value)
+            elif value is not None:
+                return False
+        in_body, in_headers = self._limits
+        return (
+            "".join(names).isprintable()
+            and max(map(len, names)) <= _LONGEST_ID
+            and headers["task"] != ""
+            and headers["id"] != ""
+            and min(shape.get_counts(headers), default=0) >= 0
+            and shape.get_containers(headers) == shape.containers
+            and (in_body is None or len(body) <= in_body)
+            and (in_headers is None or shape.size + sum(map(len, shape.get_texts(headers))) <= in_headers)
+        )
+
+    def _learn(self, key: tuple[object, ...], headers: dict[Any, Any]) -> "_Shape | None":
+        shape = _Shape.of(headers)
+        if len(self._shapes) < _MOST_SHAPES:
+            self._shapes[key] = shape
+        return shape
 
 
 class SizeLimits(NamedTuple):
@@ -41,19 +108,9 @@ def find_message_problem(message: Any, limits: SizeLimits) -> Problem | None:
     headers = message.headers
     if not isinstance(headers, dict):
         return Problem("its headers are no mapping")
-    size, inner = 0, []
-    for name, value in headers.items():
-        if not isinstance(name, str):
-            return Problem("the name of a header is no text")
-        size += len(name)
-        if isinstance(value, str | bytes):
-            size += len(value)
-        else:
-            size += _FIELD_BYTES
-            if isinstance(value, dict | list | tuple):
-                inner.append(value)
-    if inner:
-        size += _measure(inner, limits.headers)
+    if not all(isinstance(name, str) for name in headers):
+        return Problem("the name of a header is no text")
+    size = _measure_headers(headers, limits.headers)
     if limits.headers is not None and size > limits.headers:
         text = f"its headers take more than {limits.headers} bytes"
         return Problem(text, size, limits.headers)
@@ -74,6 +131,20 @@ def find_request_problem(request: Any) -> Problem | None:
         return Problem(f"its body is nested deeper than {_DEEPEST}")
     fields = request.request_dict
     return _find_field_problem({**fields, **others} if others else fields)  # as Celery lays one over the other
+
+
+def _measure_headers(headers: dict[str, Any], limit: int | None) -> int:
+    """Add up what is in headers, and in containers among them no more than it takes to be too much."""
+    size, inner = 0, []
+    for name, value in headers.items():
+        size += len(name)
+        if isinstance(value, str | bytes):
+            size += len(value)
+        else:
+            size += _FIELD_BYTES
+            if isinstance(value, dict | list | tuple):
+                inner.append(value)
+    return size + _measure(inner, limit) if inner else size
 
 
 def _measure(found: list[Any], limit: int | None) -> int:
@@ -228,3 +299,69 @@ _FIELDS: Final[dict[str, tuple[Callable[[object], bool], str]]] = {
     "chain": _NO_CALLS,
     "chord": (_is_call, "no call"),
 }
+
+
+_COMMON_CONTAINERS: Final[dict[str, object]] = {"timelimit": [None, None], "stamps": {}}
+_COMMON_TYPES: Final = {
+    type(None): frozenset(_FIELDS),
+    str: frozenset(name for name, kind in _FIELDS.items() if kind in {_NO_NAME, _NO_TEXT}) | {"task", "id"},
+    int: frozenset(name for name, kind in _FIELDS.items() if kind is _NO_COUNT),
+    bool: frozenset[str](),
+    float: frozenset[str](),
+}
+"""For each type which of the fields that are looked at may have it."""
+_LOOKED_AT: Final = frozenset(_FIELDS) | {"task", "id"}
+
+
+class _Shape(NamedTuple):
+    """What the names and types of headers say of all messages that have them alike."""
+
+    size: int
+    """All that is measured but for texts."""
+    get_texts: "_Getter"
+    get_names: "_Getter"
+    get_counts: "_Getter"
+    get_containers: "_Getter"
+    containers: tuple[object, ...]
+    """What containers are nearly always, and are to be."""
+
+    @classmethod
+    def of(cls, headers: dict[Any, Any]) -> "_Shape | None":
+        """Give that of some headers; None where there may be more to look at than such a shape knows."""
+        if not all(isinstance(name, str) for name in headers) or not isinstance(headers.get("task"), str):
+            return None
+        containers = {name: value for name, value in headers.items() if type(value) not in _COMMON_TYPES}
+        if any(_COMMON_CONTAINERS.get(name) != value for name, value in containers.items()):
+            return None
+        plain = {name: type(value) for name, value in headers.items() if name not in containers}
+        if not all(name in _COMMON_TYPES[kind] for name, kind in plain.items() if name in _LOOKED_AT):
+            return None
+        texts = [name for name, kind in plain.items() if kind is str]
+        names = [name for name in texts if name in {"task", "id"} or _FIELDS.get(name) is _NO_NAME]
+        if "id" not in names:
+            return None
+        size = _measure_headers(headers, None) - sum(len(headers[name]) for name in texts)
+        counts = [name for name, kind in plain.items() if kind is int and name in _FIELDS]
+        return cls(
+            size,
+            _to_getter(texts),
+            _to_getter(names),
+            _to_getter(counts),
+            _to_getter(list(containers)),
+            tuple(_COMMON_CONTAINERS[name] for name in containers),
+        )
+
+
+def _to_getter(names: list[str]) -> "_Getter":
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda headers: tuple(headers[name] for name in names)
+
+
+def is_common_payload(body: str | bytes, payload: list[Any]) -> bool:
+    """Whether a body of JSON has arguments alone, and ``find_request_problem`` finds nothing; False says nothing."""
+    args, kwargs, embed = payload
+    if type(args) is not list or type(kwargs) is not dict or embed != _NO_OTHERS:
+        return False
+    opening = body.count("[") + body.count("{") if isinstance(body, str) else body.count(b"[") + body.count(b"{")
+    return opening <= _DEEPEST

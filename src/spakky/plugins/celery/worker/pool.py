@@ -238,8 +238,15 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
 
     def _admit(self, run: "PoolRun") -> None:
         with self._admission:
-            self._waiting.append(run)
-        self._start_waiting()
+            is_next = isinstance(run, BodyFirstRun) and not self._waiting and self._on_loop < self.limit
+            if is_next:
+                self._on_loop += 1
+            else:
+                self._waiting.append(run)
+        if is_next and isinstance(run, BodyFirstRun):
+            self._begin_first(run)
+        else:
+            self._start_waiting()
 
     def _start_waiting(self) -> None:
         """Have one of the runs that wait begun."""

@@ -20,6 +20,7 @@ from celery.worker.strategy import default, logger
 from spakky.plugins.celery.common.constants import TAKE_ATTRIBUTE
 from spakky.plugins.celery.common.plain_json import loads_json
 from spakky.plugins.celery.worker.body_first import BodyFirst, sends_events
+from spakky.plugins.celery.worker.message_checks import is_common_payload
 from spakky.plugins.celery.worker.pool import AsyncioPool
 
 __all__ = ["QuickRequest", "quick_strategy"]
@@ -53,7 +54,10 @@ class QuickStrategy:
         self._consumer = consumer
 
     def take(self, message: Any) -> bool:
-        """Have the pool run what a message is for; False, and nothing done, where Celery's strategy is to take it."""
+        """Have the pool run what a message is for; False, and nothing done, where Celery's strategy is to take it.
+
+        The message is one that ``CommonMessages`` has.
+        """
         headers = message.headers
         if (
             headers.get("eta") is not None
@@ -94,6 +98,8 @@ class QuickRequest(Request):  # type: ignore[misc]  # the host ships no types
         delivery = message.delivery_info
         task = strategy.task
         self.first = strategy.first
+        self.is_checked = is_common_payload(message.body, payload)
+        """Whether nothing in it is to be refused."""
         self._message = message
         self._body = message.body
         self._app = strategy.app

@@ -15,17 +15,20 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[object, deque[Callable[[], object]]] = {}
+        self._waiting: dict[object, deque[Callable[[], object]] | None] = {}
+        """What waits, by the id of what is under way; None, as nearly always: nothing."""
         self._lock = threading.Lock()
 
     def begin(self, task_id: object, begin: Callable[[], object]) -> None:
         """Call at once, or when the run of this id that is under way has ended."""
         with self._lock:
-            waiting = self._waiting.get(task_id)
-            if waiting is not None:
+            if task_id in self._waiting:
+                waiting = self._waiting[task_id]
+                if waiting is None:
+                    waiting = self._waiting[task_id] = deque()
                 waiting.append(begin)
                 return
-            self._waiting[task_id] = deque()
+            self._waiting[task_id] = None
         begin()
 
     def end(self, task_id: object) -> None:
