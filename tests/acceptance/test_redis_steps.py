@@ -29,7 +29,7 @@ HAS_DATABASE = urlsplit(REDIS_URL).path.strip("/") not in {"", "0"}
 STEPS = {
     "connect": {"HELLO", "CLIENT", "PSUBSCRIBE"} | ({"SELECT"} if HAS_DATABASE else set()),
     "restore": {"SET", "ZRANGE", "WATCH", "HGET", "MULTI", "ZREM", "HDEL", "RPUSH", "EXEC", "EVALSHA"},
-    "take": {"EVAL"},
+    "take": {"EVALSHA"},
     "wait": {"BLMOVE"},
 }
 """What a worker says; it acknowledges with what it restores with. HELLO has its password."""

@@ -4,7 +4,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -348,10 +348,10 @@ def turn(hub: Hub, until: Callable[[], bool]) -> None:
     pytest.fail("it did not come to hold")
 
 
-def hub_reader(connection: Connection, **options: Any) -> tuple[Hub, Reader]:
+def hub_reader(connection: Connection, *queues: str, **options: Any) -> tuple[Hub, Reader]:
     hub = Hub()
     connection.connect()
-    reader = Reader(connection, **options)
+    reader = Reader(connection, *queues, **options)
     connection.transport.register_with_event_loop(connection.transport, hub)
     return hub, reader
 
@@ -415,20 +415,26 @@ def test_a_channel_that_has_lost_its_address(scene: Scene) -> None:
     assert not again.messages
 
 
+@contextmanager
+def limited_user(scene: Scene, limit: str) -> Iterator[str]:
+    """Give the URL of a user who may do all but what the limit says."""
+    user = scene.prefix.strip(":")
+    scene.redis.acl_setuser(user, enabled=True, nopass=True, keys="*", channels="*", commands=["+@all", limit])
+    address = urlsplit(REDIS_URL)
+    try:
+        yield f"spakky-redis://{user}:any@{address.hostname}:{address.port or 6379}/{address.path.strip('/') or 0}"
+    finally:
+        scene.redis.acl_deluser(user)
+
+
 def test_a_server_that_refuses_the_wait(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
     """Such as one that has no memory left, or a user who may not: it is asked from time to time instead."""
-    user = scene.prefix.strip(":")
-    scene.redis.acl_setuser(user, enabled=True, nopass=True, keys="*", channels="*", commands=["+@all", "-blmove"])
-    try:
-        address = urlsplit(REDIS_URL)
-        url = f"spakky-redis://{user}:any@{address.hostname}:{address.port or 6379}/{address.path.strip('/') or 0}"
+    with limited_user(scene, "-blmove") as url:
         reader = Reader(scene.connect(url=url))
         reader.read_no_more()
         scene.put("one", "two")
         assert reader.read(2) == ["one", "two"]
         assert "Redis cannot be waited on" in caplog.text
-    finally:
-        scene.redis.acl_deluser(user)
 
 
 def test_a_connection_that_redis_drops(scene: Scene) -> None:
@@ -448,6 +454,47 @@ def test_tls_is_verified() -> None:
     assert isinstance(connection.transport, Transport)
     assert connection.ssl == {"ssl_cert_reqs": "required"}
     assert not Connection("spakky-redis://localhost:1/0").ssl
+
+
+def test_a_server_that_knows_the_script_no_more(scene: Scene) -> None:
+    """As after a restart: it is told the script again, and once."""
+    reader = Reader(scene.connect(**NEVER))
+    scene.put("first")
+    reader.read(1)
+    scene.redis.script_flush()
+    with scene.redis.monitor() as monitor:
+        for text in ("second", "third"):
+            scene.put(text)
+            reader.read(len(reader.messages) + 1)
+        scene.redis.echo(scene.prefix + "end")
+        commands = []
+        while scene.prefix + "end" not in (command := monitor.next_command()["command"]):
+            commands.append(command.partition(" ")[0])
+    assert reader.texts == ["first", "second", "third"]
+    assert commands.count("EVAL") == 1
+
+
+def test_a_user_who_may_not_name_scripts(scene: Scene) -> None:
+    """Is one who may send them."""
+    with limited_user(scene, "-evalsha") as url:
+        reader = Reader(scene.connect(url=url, **NEVER))
+        for text in ("first", "second"):
+            scene.put(text)
+            reader.read(len(reader.messages) + 1)
+        assert reader.texts == ["first", "second"]
+
+
+def test_a_message_in_each_of_many_queues_is_not_waited_for(scene: Scene) -> None:
+    """One question brings what several waits have told of; who has got it does not rest for those that bring none."""
+    hub, reader = hub_reader(scene.connect(**NEVER), "a", "b", "c")
+    for number in range(5):
+        for queue in "abc":
+            scene.put(f"{queue}{number}", queue=queue)
+        turn(hub, lambda number=number: len(reader.messages) == 3 * (number + 1))  # type: ignore[misc]
+        for _ in range(3):
+            next(hub.loop)
+        (channel,) = (channel for channel in reader.connection.connection.channels if channel.active_queues)
+        assert channel._misses == 0
 
 
 def test_a_crowd_that_waits_is_not_woken_by_each_message(scene: Scene) -> None:

@@ -5,6 +5,7 @@ which is killed in between loses it. Here one script does both, for as many mess
 workers, clients and tools share the queues with it: ``_TAKE`` writes what kombu's ``QoS.append`` writes.
 """
 
+import hashlib
 import logging
 import sys
 import time
@@ -16,6 +17,7 @@ import redis
 from kombu.transport import redis as stock
 from kombu.transport import virtual
 from kombu.utils.scheduling import priority_cycle
+from redis.exceptions import NoPermissionError, NoScriptError
 
 from spakky.plugins.celery.common.batches import batch
 from spakky.plugins.celery.common.broker_url import has_tls_scheme
@@ -79,6 +81,9 @@ The lists are ordered as BRPOP would try them; among ARGV[3] neighbours one is t
 has for each message the number of its list, itself, and its tag. One that no worker could ever read is moved aside, its
 list negative.
 """
+
+_TAKE_DIGEST: Final = hashlib.sha1(_TAKE.encode(), usedforsecurity=False).hexdigest()
+"""What Redis calls the script by, once it knows it."""
 
 _ASIDE: Final = ".undecodable"
 """What the names of lists end with that messages are moved aside to."""
@@ -205,6 +210,7 @@ class Channel(stock.Channel):
         self._watch_pool: Any = None
         self._is_drained = False
         self._is_woken = False
+        self._has_taken = False
         self._misses = 0
         self._watch_from = 0.0
         self._is_refusal_told = False
@@ -230,6 +236,11 @@ class Channel(stock.Channel):
     def flushes(self) -> bool:
         """Whether acknowledgements are sent at the next turn of a hub."""
         return self.connection is not None and self.connection.has_hub and not self.closed
+
+    def begin_turn(self) -> None:
+        """Send the acknowledgements of the last turn of the hub."""
+        self._has_taken = False
+        self.flush_acknowledgements()
 
     def flush_acknowledgements(self) -> None:
         """Send the acknowledgements of this turn of the hub."""
@@ -303,7 +314,7 @@ class Channel(stock.Channel):
             return super()._brpop_read(**options)
         limit, self._limit = self._limit, 0
         try:
-            taken = self._read(self.client, "EVAL")
+            taken = self._read_taken(limit)
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
@@ -320,6 +331,13 @@ class Channel(stock.Channel):
         self._deliver_batch(messages)
         return bool(taken)
 
+    def _read_taken(self, limit: int) -> list[Any]:
+        try:
+            return self._read(self.client, "EVALSHA")  # type: ignore[no-any-return]  # what the script answers
+        except (NoScriptError, NoPermissionError):
+            self._ask_for("EVAL", _TAKE, limit)
+            return self._read(self.client, "EVAL")  # type: ignore[no-any-return]
+
     def _rest(self) -> None:
         """Leave the next messages to others for a moment."""
         longest_s = min(_LONGEST_REST_S, _SHORTEST_REST_S * 2 ** min(self._misses, 10))
@@ -332,12 +350,15 @@ class Channel(stock.Channel):
         self._lists = self._queue_lists()
         estimate = self.qos.can_consume_max_estimate()
         self._limit = _BATCH if estimate is None else min(_BATCH, estimate)
+        self._in_poll = self.client.connection
+        self._brpop_sent_at = time.monotonic()
+        self._ask_for("EVALSHA", _TAKE_DIGEST, self._limit)
+
+    def _ask_for(self, command: str, script: str, limit: int) -> None:
         is_fair = not isinstance(self._queue_cycle, priority_cycle)
         width = len(self._lists) // len(self.priority_steps) if is_fair else 1
         keys = [self.global_keyprefix + key for key in (self.unacked_key, self.unacked_index_key, *self._lists)]
-        self._in_poll = self.client.connection
-        self._brpop_sent_at = time.monotonic()
-        self._in_poll.send_command("EVAL", _TAKE, len(keys), *keys, self._limit, time.time(), width)
+        self.client.connection.send_command(command, script, len(keys), *keys, limit, time.time(), width)
 
     def _queue_lists(self) -> list[str]:
         queues = self._queue_cycle.consume(len(self.active_queues))
@@ -401,9 +422,15 @@ class Channel(stock.Channel):
             self._watch_from = time.monotonic() + _REFUSED_S
             self._is_drained = False
             return
-        if found is not None:
-            self._is_drained = False
-            self._is_woken = True
+        if found is None:
+            return
+        self._is_drained = False
+        if self._has_taken or not self.connection.cycle.can_take(self):
+            return  # the next turn asks for what the last question did not bring
+        self._has_taken = self._is_woken = True
+        self.flush_acknowledgements()
+        self._take()
+        self._brpop_read()  # its answer comes at once, and a turn of the hub takes as long
 
     def _read(self, client: Any, command: str) -> Any:
         try:
@@ -509,8 +536,13 @@ class _Poller(stock.MultiChannelPoller):
     @override
     def on_poll_start(self) -> None:
         for channel in self._channels:
-            channel.flush_acknowledgements()
+            channel.begin_turn()
         super().on_poll_start()
+
+    def can_take(self, channel: Channel) -> bool:
+        """Whether a channel may ask for messages now, as kombu's poller says at the start of a turn."""
+        is_free = channel.active_queues and channel.qos.can_consume() and not channel._in_poll  # noqa: SLF001
+        return bool(is_free and self._client_registered(channel, channel.client, "BRPOP"))
 
     @override
     def on_readable(self, fileno: int) -> None:
