@@ -13,6 +13,7 @@ import pytest
 import redis
 from kombu import Connection, Consumer, Queue
 from kombu.asynchronous import Hub
+from redis.exceptions import NoPermissionError
 
 from spakky.plugins.celery.common.broker_url import to_batched
 from spakky.plugins.celery.transport.redis import Transport
@@ -356,6 +357,18 @@ def hub_reader(connection: Connection, *queues: str, **options: Any) -> tuple[Hu
     return hub, reader
 
 
+@contextmanager
+def limited_user(scene: Scene, limit: str) -> Iterator[str]:
+    """Give the URL of a user who may do all but what the limit says."""
+    user = scene.prefix.strip(":")
+    scene.redis.acl_setuser(user, enabled=True, nopass=True, keys="*", channels="*", commands=["+@all", limit])
+    address = urlsplit(REDIS_URL)
+    try:
+        yield f"spakky-redis://{user}:any@{address.hostname}:{address.port or 6379}/{address.path.strip('/') or 0}"
+    finally:
+        scene.redis.acl_deluser(user)
+
+
 def test_acknowledgements_of_a_turn_go_together(scene: Scene) -> None:
     """They count against the prefetch at once, and one command removes them all before more is taken."""
     scene.put(*numbers(60))
@@ -370,6 +383,47 @@ def test_acknowledgements_of_a_turn_go_together(scene: Scene) -> None:
         message.ack()
     turn(hub, lambda: len(reader.messages) == 60)
     assert reader.texts == numbers(60)
+
+
+def test_acknowledgements_travel_with_the_question_for_more(scene: Scene) -> None:
+    """In one round trip, removed before more is taken; what is acknowledged meanwhile is removed with the next."""
+    scene.put(*numbers(60))
+    hub, reader = hub_reader(scene.connect(), prefetch=20)
+    turn(hub, lambda: len(reader.messages) == 20)
+    for message in reader.messages:
+        message.ack()
+    with scene.redis.monitor() as monitor:
+        next(hub.loop)  # it asks
+        for message in reader.messages[20:]:
+            message.ack()
+        turn(hub, lambda: len(reader.messages) == 60 and not scene.count("unacked") > 20)
+        scene.redis.echo(scene.prefix + "end")
+        commands = []
+        while scene.prefix + "end" not in (command := monitor.next_command()["command"]):
+            commands.append(command.split()[0])
+    assert commands[:3] == ["HDEL", "ZREM", "EVALSHA"]
+    assert "MULTI" not in commands
+    for message in reader.messages[40:]:
+        message.ack()
+    turn(hub, lambda: scene.count("unacked") == 0)
+    assert reader.texts == numbers(60)
+
+
+def test_acknowledgements_that_redis_refuses(scene: Scene) -> None:
+    """What came in the same answer is delivered, the error is told, and the next connection sends them again."""
+    scene.put(*numbers(40))
+    with limited_user(scene, "-hdel") as url:
+        hub, reader = hub_reader(scene.connect(url=url), prefetch=20)
+        turn(hub, lambda: len(reader.messages) == 20)
+        for message in reader.messages:
+            message.ack()
+        with pytest.raises(NoPermissionError):
+            turn(hub, lambda: False)
+        assert reader.texts == numbers(40)
+        assert scene.count("unacked") == 40
+    hub, again = hub_reader(scene.connect())
+    turn(hub, lambda: scene.count("unacked") == 20)
+    assert not again.messages
 
 
 def test_acknowledgements_outlive_the_connection(scene: Scene) -> None:
@@ -413,18 +467,6 @@ def test_a_channel_that_has_lost_its_address(scene: Scene) -> None:
     hub, again = hub_reader(scene.connect())
     turn(hub, lambda: scene.count("unacked") == 2)
     assert not again.messages
-
-
-@contextmanager
-def limited_user(scene: Scene, limit: str) -> Iterator[str]:
-    """Give the URL of a user who may do all but what the limit says."""
-    user = scene.prefix.strip(":")
-    scene.redis.acl_setuser(user, enabled=True, nopass=True, keys="*", channels="*", commands=["+@all", limit])
-    address = urlsplit(REDIS_URL)
-    try:
-        yield f"spakky-redis://{user}:any@{address.hostname}:{address.port or 6379}/{address.path.strip('/') or 0}"
-    finally:
-        scene.redis.acl_deluser(user)
 
 
 def test_a_server_that_refuses_the_wait(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:

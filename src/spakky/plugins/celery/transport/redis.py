@@ -10,6 +10,7 @@ import logging
 import sys
 import time
 from collections import defaultdict, deque
+from collections.abc import Iterable
 from random import uniform
 from typing import Any, ClassVar, Final, NamedTuple, override
 
@@ -112,7 +113,7 @@ class Message(virtual.Message):
 class QoS(stock.QoS):
     """Acknowledges what was finished in one turn of the hub with one command."""
 
-    _left: ClassVar[defaultdict[tuple[object, ...], deque[str]]] = defaultdict(deque)
+    _left: ClassVar[defaultdict[tuple[object, ...], dict[str, None]]] = defaultdict(dict)
     """Acknowledgements that a lost connection has left undone; the next connection to that server sends them."""
 
     channel: "Channel"
@@ -133,7 +134,7 @@ class QoS(stock.QoS):
         if self.channel.is_attached and not self.channel.flushes:
             super().ack(delivery_tag)
             return
-        self._acked.append(delivery_tag)
+        self._acked[delivery_tag] = None
         virtual.QoS.ack(self, delivery_tag)
 
     @override
@@ -168,13 +169,22 @@ class QoS(stock.QoS):
         Raises:
             redis.exceptions.RedisError: If Redis cannot be reached; the acknowledgements are kept.
         """
-        tags = tuple(self._acked)
+        tags = self.acknowledged
         if not tags:
             return
         with self.pipe_or_acquire() as pipe:
             pipe.zrem(self.unacked_index_key, *tags).hdel(self.unacked_key, *tags).execute()
-        for _ in tags:
-            self._acked.popleft()
+        self.forget(tags)
+
+    @property
+    def acknowledged(self) -> tuple[str, ...]:
+        """Tags of what was acknowledged, and is still to be removed from Redis."""
+        return tuple(self._acked)
+
+    def forget(self, tags: Iterable[str]) -> None:
+        """Note that these were removed."""
+        for tag in tags:
+            self._acked.pop(tag, None)
 
     @override
     def restore_unacked_once(self, stderr: Any = None) -> None:
@@ -205,6 +215,7 @@ class Channel(stock.Channel):
         self._pusher: Any = None
         self._unacknowledged: set[str] = set()
         self._limit = 0
+        self._removed: tuple[str, ...] = ()
         self._lists: list[str] = []
         self._watches: dict[str, _Watch] = {}
         self._watch_pool: Any = None
@@ -238,14 +249,17 @@ class Channel(stock.Channel):
         return self.connection is not None and self.connection.has_hub and not self.closed
 
     def begin_turn(self) -> None:
-        """Send the acknowledgements of the last turn of the hub."""
+        """Send the acknowledgements of the last turn of the hub, unless they go with a question for more messages."""
         self._has_taken = False
-        self.flush_acknowledgements()
+        if self._limit or (self._is_batching and not self._is_drained and self.connection.cycle.can_take(self)):
+            return
+        qos: Any = self._qos
+        if qos is not None:
+            qos.flush()
 
-    def flush_acknowledgements(self) -> None:
-        """Send the acknowledgements of this turn of the hub."""
-        if self._qos is not None and isinstance(self._qos, QoS):
-            self._qos.flush()
+    @property
+    def _is_batching(self) -> bool:
+        return self.ack_emulation and not self._unacknowledged.intersection(self.active_queues)
 
     @override
     def basic_consume(self, queue: str, no_ack: bool, *args: Any, **kwargs: Any) -> Any:
@@ -301,7 +315,7 @@ class Channel(stock.Channel):
 
     @override
     def _brpop_start(self, timeout: float | None = None) -> None:
-        if not self.ack_emulation or self._unacknowledged.intersection(self.active_queues):
+        if not self._is_batching:
             super()._brpop_start(timeout)
         elif self._is_drained:
             self._watch()
@@ -314,7 +328,7 @@ class Channel(stock.Channel):
             return super()._brpop_read(**options)
         limit, self._limit = self._limit, 0
         try:
-            taken = self._read_taken(limit)
+            *removals, taken = self._read_answers(limit)
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
@@ -329,14 +343,28 @@ class Channel(stock.Channel):
             for place, raw, tag in zip(taken[::3], taken[1::3], taken[2::3], strict=True)
         )
         self._deliver_batch(messages)
+        for error in removals:
+            if isinstance(error, Exception):
+                raise error  # what it should have removed is kept, and sent again
         return bool(taken)
 
-    def _read_taken(self, limit: int) -> list[Any]:
+    def _read_answers(self, limit: int) -> list[Any]:
+        """Give what Redis says to the removal of what was acknowledged, if any, and to the script."""
+        connection: Any = self.client.connection
         try:
-            return self._read(self.client, "EVALSHA")  # type: ignore[no-any-return]  # what the script answers
-        except (NoScriptError, NoPermissionError):
-            self._ask_for("EVAL", _TAKE, limit)
-            return self._read(self.client, "EVAL")  # type: ignore[no-any-return]
+            answers = [self._read_reply(connection) for _ in range(3 if self._removed else 1)]
+            if isinstance(answers[-1], NoScriptError | NoPermissionError):
+                connection.send_command(*self._to_take("EVAL", _TAKE, limit))
+                answers[-1] = self._read_reply(connection)
+        except self.connection_errors:
+            connection.disconnect()
+            raise
+        if isinstance(answers[-1], Exception):
+            raise answers[-1]
+        if not any(isinstance(answer, Exception) for answer in answers):
+            qos: Any = self.qos
+            qos.forget(self._removed)
+        return answers
 
     def _rest(self) -> None:
         """Leave the next messages to others for a moment."""
@@ -347,18 +375,26 @@ class Channel(stock.Channel):
         self.connection.turn_in(rest_s)
 
     def _take(self) -> None:
+        qos: Any = self.qos
         self._lists = self._queue_lists()
-        estimate = self.qos.can_consume_max_estimate()
+        estimate = qos.can_consume_max_estimate()
         self._limit = _BATCH if estimate is None else min(_BATCH, estimate)
-        self._in_poll = self.client.connection
+        connection = self._in_poll = self.client.connection
         self._brpop_sent_at = time.monotonic()
-        self._ask_for("EVALSHA", _TAKE_DIGEST, self._limit)
+        commands = [self._to_take("EVALSHA", _TAKE_DIGEST, self._limit)]
+        tags = self._removed = qos.acknowledged
+        if tags:
+            # In this order, without a transaction: what is in the index alone is nothing to restore.
+            keys = (self.unacked_key, self.unacked_index_key)
+            removals = zip(("HDEL", "ZREM"), keys, strict=True)
+            commands[:0] = [(name, self.global_keyprefix + key, *tags) for name, key in removals]
+        connection.send_packed_command(connection.pack_commands(commands))
 
-    def _ask_for(self, command: str, script: str, limit: int) -> None:
+    def _to_take(self, command: str, script: str, limit: int) -> tuple[object, ...]:
         is_fair = not isinstance(self._queue_cycle, priority_cycle)
         width = len(self._lists) // len(self.priority_steps) if is_fair else 1
         keys = [self.global_keyprefix + key for key in (self.unacked_key, self.unacked_index_key, *self._lists)]
-        self.client.connection.send_command(command, script, len(keys), *keys, limit, time.time(), width)
+        return command, script, len(keys), *keys, limit, time.time(), width
 
     def _queue_lists(self) -> list[str]:
         queues = self._queue_cycle.consume(len(self.active_queues))
@@ -428,7 +464,6 @@ class Channel(stock.Channel):
         if self._has_taken or not self.connection.cycle.can_take(self):
             return  # the next turn asks for what the last question did not bring
         self._has_taken = self._is_woken = True
-        self.flush_acknowledgements()
         self._take()
         self._brpop_read()  # its answer comes at once, and a turn of the hub takes as long
 
