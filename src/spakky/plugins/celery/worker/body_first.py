@@ -59,9 +59,16 @@ class _TaskRequest(TaskRequest):  # type: ignore[misc]  # the host ships no type
     _protected = 1
     """As while Celery's tracer calls a task: who calls it in its body has another request."""
 
-    @override
-    def _get_custom_headers(self, fields: dict[str, Any], **_: Any) -> dict[str, Any] | None:
-        return {name: fields[name] for name in fields.keys() - _CELERYS_FIELDS} or None
+    def __init__(self, request: Request) -> None:  # the base's takes any fields
+        fields: dict[str, Any] = self.__dict__
+        fields.update(request.request_dict)
+        fields.update(_embedded(request))
+        fields.update(is_eager=False, called_directly=False, args=request.args, kwargs=request.kwargs)
+        limits = fields.get("timelimit")
+        if limits:
+            fields["time_limit"], fields["soft_time_limit"] = limits
+        if fields.get("headers") is None:
+            fields["headers"] = {name: fields[name] for name in fields.keys() - _CELERYS_FIELDS} or None
 
 
 class BodyFirst:
@@ -191,8 +198,7 @@ class BodyFirstRun(PoolRun):
             return
         self._began_s = time.monotonic()
         request, task = self._request, self._first.task
-        fields = {**request.request_dict, "is_eager": False, **_embedded(request)}
-        self._task_request = _TaskRequest(fields, called_directly=False, args=request.args, kwargs=request.kwargs)
+        self._task_request = _TaskRequest(request)
         context = Context()
         context.run(self._enter)
         self._body = TaskBody(str(task.name), self._first.body.run(task, tuple(request.args), request.kwargs), context)

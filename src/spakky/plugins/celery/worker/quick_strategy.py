@@ -5,7 +5,8 @@ of every message, and answered alike for nearly all, is asked once here, for eac
 not common, and one that somebody listens for, goes to Celery's own strategy.
 """
 
-from logging import INFO
+import time
+from logging import DEBUG, INFO
 from typing import Any, Final, override
 from weakref import ref
 
@@ -151,6 +152,19 @@ class QuickRequest(Request):  # type: ignore[misc]  # the host ships no types
         return run
 
     @override
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        """Do as Celery does, counting in a fifth of the time."""
+        if self._terminate_on_ack is not None or logger.isEnabledFor(DEBUG):
+            super().on_accepted(pid, time_accepted)
+            return
+        self.worker_pid = pid
+        self.time_start = time.time() - (time.monotonic() - time_accepted)
+        state.task_accepted(self, add_to_total_count=_count)
+        if not self._task.acks_late:
+            self.acknowledge()
+        self.send_event("task-started")
+
+    @override
     def on_success(self, failed__retval__runtime: tuple[int, Any, float], **options: Any) -> Any:
         """Do as Celery does, but for a note for who finds a message twice: such a task has another strategy."""
         if failed__retval__runtime[0]:
@@ -160,6 +174,12 @@ class QuickRequest(Request):  # type: ignore[misc]  # the host ships no types
             self.acknowledge()
         _, result, runtime = failed__retval__runtime
         return self.send_event("task-succeeded", result=result, runtime=runtime)
+
+
+def _count(names: dict[str, int]) -> None:
+    """Do as ``Counter.update`` does, in a fifth of the time."""
+    for name, times in names.items():
+        state.total_count[name] += times
 
 
 def _read(message: Any) -> list[Any] | None:
