@@ -163,3 +163,27 @@ def test_nobody_can_tell(kind: str, tmp_path: Path, name: str) -> None:
     traced = observe(kind, tmp_path / "traced", name, "false")
     for way in WAYS:
         assert first[way] == traced[way], way
+
+
+@pytest.mark.parametrize("body_first", ["true", "false"])
+@pytest.mark.parametrize("is_ignored", [True, False])
+@pytest.mark.parametrize("kind", ["redis", "amqp"])
+def test_runs_leave_no_work_to_the_garbage_collector(
+    kind: str, is_ignored: bool, body_first: str, tmp_path: Path
+) -> None:
+    """Nothing of a run refers to itself: not its request, its message, its body or its context."""
+    with bench(
+        kind,
+        tmp_path,
+        "asyncio",
+        target="support.first_app:create_app",
+        factory=create_app,
+        SPAKKY_CELERY__BODY_FIRST=body_first,
+    ) as worker:
+        ends, tasks = worker.get(Ends), worker.get(TaskDispatcher)
+        tasks.configure(ends.stop_collecting)().get(timeout=20)
+        for name, *args in 100 * [("value", "a text"), ("wait", 0.01)]:
+            last = dispatch(worker, name, *args, is_ignored=is_ignored)
+        wait_until(lambda: f"[{last}] succeeded" in worker.worker.output)
+        found = tasks.configure(ends.name_garbage)().get(timeout=20)
+    assert {name: count for name, count in found.items() if count >= 100} == {}

@@ -1,8 +1,10 @@
 """An application whose ``async def`` tasks end in every way, and tell what they saw of their request."""
 
 import asyncio
+import gc
 import os
 import threading
+from collections import Counter
 from typing import Any, override
 
 from celery import Celery, current_task, signals
@@ -115,6 +117,23 @@ class Ends:
             "deadline": current_run().deadline,
             "redelivered": current_run().is_redelivered,
         }
+
+    @task
+    async def stop_collecting(self) -> None:
+        """Leave what refers to itself to ``name_garbage``."""
+        gc.collect()
+        gc.disable()
+
+    @task
+    async def name_garbage(self) -> dict[str, int]:
+        """Tell what was never given back, by the name of its class."""
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        gc.set_debug(0)
+        gc.enable()
+        found = Counter(type(one).__name__ for one in gc.garbage)
+        gc.garbage.clear()
+        return found
 
 
 def who() -> list[Any]:

@@ -186,6 +186,8 @@ class TaskBody:
                 self._awaitable.close()
         if not task.cancelled():
             task.exception()  # seen, so that asyncio does not report it
+        self._asyncio_task = None
+        self.context.run(CURRENT_BODY.set, None)  # or both would wait for the garbage collector
         on_end()
 
 
