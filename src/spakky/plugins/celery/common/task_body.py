@@ -187,6 +187,9 @@ class TaskBody:
         if not task.cancelled():
             task.exception()  # seen, so that asyncio does not report it
         on_end()
+        # Both lead back to this body, which would stay, with all that its run holds, until a full collection.
+        self._asyncio_task = None
+        del self.context
 
 
 class EndedBody(Protocol):

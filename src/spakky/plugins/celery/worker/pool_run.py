@@ -63,7 +63,7 @@ class PoolRun:
     def __init__(  # noqa: PLR0917  # one for each of Celery's callbacks
         self,
         pool: Pool,
-        target: Callable[[], Any],
+        target: Callable[[], Any] | None,
         callback: Callable[..., Any] | None,
         accept_callback: Callable[..., Any] | None,
         error_callback: Callable[..., Any] | None,
@@ -117,7 +117,7 @@ class PoolRun:
     def account(self) -> None:
         """Have Celery's tracer run it, and tell Celery how it ended."""
         try:
-            outcome = self._target()
+            outcome = self._call_target()
             self._has_ended = True
         except DroppedError:
             return
@@ -125,6 +125,11 @@ class PoolRun:
             self._report_lost(error)
             return
         self._pool.tell(self._report, self._callback, outcome)
+
+    def _call_target(self) -> Any:
+        """Have Celery's tracer run; who has no target overrides it: a method of its own as target would be a cycle."""
+        assert self._target is not None
+        return self._target()
 
     def _report(self, callback: Callable[..., object] | None, outcome: object) -> None:
         """Tell Celery how it ended, unless it was terminated meanwhile."""
