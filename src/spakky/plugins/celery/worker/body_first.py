@@ -193,6 +193,7 @@ class BodyFirstRun(PoolRun):
         request, task = self._request, self._first.task
         fields = {**request.request_dict, "is_eager": False, **_embedded(request)}
         self._task_request = _TaskRequest(fields, called_directly=False, args=request.args, kwargs=request.kwargs)
+        request._request_dict = vars(self._task_request)  # noqa: SLF001  # has all that was in it: one for both
         context = Context()
         context.run(self._enter)
         self._body = TaskBody(str(task.name), self._first.body.run(task, tuple(request.args), request.kwargs), context)
@@ -251,7 +252,6 @@ class BodyFirstRun(PoolRun):
     def _call_target(self) -> tuple[int, Any, float]:
         """Trace as Celery's ``fast_trace_task`` does, with what the body has left in its request."""
         request = self._request
-        request.request_dict.update(vars(self._task_request))
         _BEGAN.set(self._began_s)
         found = self._first.trace(request)(request.id, request.args, request.kwargs, request.request_dict)
         outcome, info, took_s, shown = found

@@ -15,17 +15,19 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[object, deque[Callable[[], object]]] = {}
+        self._waiting: dict[object, deque[Callable[[], object]] | None] = {}
+        """By the id of a run that is under way; an empty deque has room for 64, and hardly anybody ever waits."""
         self._lock = threading.Lock()
 
     def begin(self, task_id: object, begin: Callable[[], object]) -> None:
         """Call at once, or when the run of this id that is under way has ended."""
         with self._lock:
-            waiting = self._waiting.get(task_id)
-            if waiting is not None:
+            if task_id in self._waiting:
+                waiting = self._waiting[task_id] or deque()
                 waiting.append(begin)
+                self._waiting[task_id] = waiting
                 return
-            self._waiting[task_id] = deque()
+            self._waiting[task_id] = None
         begin()
 
     def end(self, task_id: object) -> None:
