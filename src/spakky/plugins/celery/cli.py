@@ -2,14 +2,15 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from inspect import signature
 
 import click
 from celery import Celery, maybe_patch_concurrency
-from celery.bin.celery import celery as celery_command
+from celery.bin.base import CLIContext
+from celery.bin.worker import worker as worker_command
 from celery.concurrency import ALIASES
 from spakky.core.application.application import SpakkyApplication
 from spakky.core.application.application_context import ApplicationContext
@@ -55,6 +56,10 @@ in the children. Name an application that is not started, or a function that ret
 """
 _DEFAULT_ATTRIBUTE = "app"
 _PREFORK = "prefork"
+_PROGRAM = "spakky-celery"
+_WORKER = "worker"
+_CELERYS_VARIABLES = ("APP", "BROKER_URL", "RESULT_BACKEND", "LOADER", "CONFIG_MODULE", "NO_COLOR", "SKIP_CHECKS")
+"""What the command around Celery's commands has for its own options."""
 _EX_USAGE = 64
 
 
@@ -69,17 +74,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in {"-h", "--help"}:
-        click.echo(_USAGE.format(commands=", ".join(sorted(celery_command.commands))))
+        click.echo(_to_usage())
         return 0 if arguments else _EX_USAGE
     if arguments[0] == "--version":
-        click.echo(f"spakky-celery {version('spakky-celery')} (celery {version('celery')})")
+        click.echo(f"{_PROGRAM} {version(_PROGRAM)} (celery {version('celery')})")
         return 0
     return _run(arguments[0], arguments[1:])
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    if command not in celery_command.commands and command not in _OWN_COMMANDS:
-        click.echo(_USAGE.format(commands=", ".join(sorted(celery_command.commands))), err=True)
+    if command != _WORKER and command not in _OWN_COMMANDS and command not in _celery_commands():
+        click.echo(_to_usage(), err=True)
         click.echo(f"Error: {command!r} is not a command.", err=True)
         return _EX_USAGE
     if "--help" in arguments:
@@ -108,9 +113,20 @@ def _run_with(target: str, command: str, options: list[str]) -> int:
         return _run_celery(application, [command, *options])
     if not application.container.contains(Celery):
         raise InvalidApplicationTargetError(target, "it has no Celery Pod; call load_plugins() on it")
-    if command == "worker":
+    if command == _WORKER:
         return _run_worker(application, options)
     return _run_celery(_find_celery(application), [command, *options])
+
+
+def _celery_commands() -> Mapping[str, click.Command]:
+    from celery.bin.celery import celery as celery_command  # noqa: PLC0415  # a worker does without
+
+    commands: Mapping[str, click.Command] = celery_command.commands
+    return commands
+
+
+def _to_usage() -> str:
+    return _USAGE.format(commands=", ".join(sorted(_celery_commands())))
 
 
 def _run_worker(application: SpakkyApplication, options: list[str]) -> int:
@@ -122,7 +138,7 @@ def _run_worker(application: SpakkyApplication, options: list[str]) -> int:
         from spakky.plugins.celery.worker.lifecycle import PreforkLifecycle  # noqa: PLC0415  # workers only
 
         PreforkLifecycle(application, celery)
-        return _run_celery(celery, ["worker", *options])
+        return _run_worker_command(celery, options)
     if _PREFORK in pool:
         click.echo(_STARTED_BEFORE_FORK, err=True)
     from spakky.plugins.celery.worker.lasting_objects import freeze_when_ready  # noqa: PLC0415  # the same
@@ -133,7 +149,7 @@ def _run_worker(application: SpakkyApplication, options: list[str]) -> int:
     try:
         celery = context.get(Celery)
         _choose_pool(celery, options)
-        return _run_celery(celery, ["worker", *options])
+        return _run_worker_command(celery, options)
     finally:
         if context.is_started:
             application.stop()
@@ -148,9 +164,9 @@ def _choose_pool(celery: Celery, options: list[str]) -> str:
     Raises:
         UnsupportedWorkerOptionError: If ``async def`` tasks cannot run in it.
     """
-    command = celery_command.commands["worker"]
+    parser = worker_command.make_parser(click.Context(worker_command))
     try:
-        parsed, _, _ = command.make_parser(click.Context(command)).parse_args(list(options))
+        parsed, _, _ = parser.parse_args(list(options))
     except click.UsageError:
         return _PREFORK  # Celery's command is about to say what is wrong: nothing may be started for it
     settings = celery.conf
@@ -166,6 +182,15 @@ def _choose_pool(celery: Celery, options: list[str]) -> str:
     pool = str(ALIASES.get(settings.worker_pool, settings.worker_pool))
     refuse_green_threads(celery, pool)
     return pool
+
+
+def _run_worker_command(celery: Celery, options: list[str]) -> int:
+    """Run Celery's worker without its other commands, one of which has a shell: 7 MiB that no worker needs."""
+    if celery.user_options or any(os.environ.get(name) for name in _CELERYS_VARIABLES):
+        return _run_celery(celery, [_WORKER, *options])
+    celery.set_current()
+    obj, name = CLIContext(app=celery, no_color=False, workdir=None), f"{_PROGRAM} {_WORKER}"
+    return _run_click(lambda: worker_command.main(options, name, standalone_mode=False, obj=obj))
 
 
 def _run_celery(celery: Celery, arguments: list[str]) -> int:

@@ -5,6 +5,7 @@ It reads what snapshots say of themselves, which is good enough for a text and f
 
 import json
 import math
+import sys
 from base64 import urlsafe_b64decode
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ __all__ = ["read_snapshot", "warn_of_late_dispatch", "warn_of_short_snapshots"]
 
 logger = getLogger(__name__)
 
+_CRYPTOGRAPHY: Final = "spakky.plugins.cryptography"
 _MANY: Final = 40
 """So many of them take longer than anybody waits."""
 
@@ -86,10 +88,10 @@ def warn_of_late_dispatch(task: str, envelope: str, due: datetime) -> bool:
 
 
 def _find_ttl_s(context: IApplicationContext) -> float | None:
-    try:
-        from spakky.plugins.cryptography import CryptographyAuthProviderConfig  # noqa: PLC0415  # an optional dependency
-    except ImportError:
-        return None
+    if sys.modules.get(_CRYPTOGRAPHY) is None:
+        return None  # nobody has a Pod of it, and it takes 4 MiB to find that out by importing it
+    from spakky.plugins.cryptography import CryptographyAuthProviderConfig  # noqa: PLC0415  # an optional dependency
+
     config = context.get_or_none(CryptographyAuthProviderConfig)
     return None if config is None else config.snapshot_ttl.total_seconds()
 

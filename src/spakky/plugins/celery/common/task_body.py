@@ -59,7 +59,7 @@ class TaskBody:
         self.task_name = task_name
         self._awaitable = awaitable
         self.context = context
-        self._children: set[asyncio.Task[Any]] = set()
+        self._children: set[asyncio.Task[Any]] | None = None
         self._asyncio_task: asyncio.Task[None] | None = None
         self._interruption: BaseException | None = None
         self._outcome: Any = None
@@ -123,6 +123,8 @@ class TaskBody:
 
     def adopt(self, child: asyncio.Task[Any]) -> None:
         """Count an asyncio task as started by this body."""
+        if self._children is None:
+            self._children = set()
         self._children.add(child)
         child.add_done_callback(self._children.discard)
 
@@ -133,7 +135,7 @@ class TaskBody:
             self._error = _to_reported(error).with_traceback(_without_steps(error.__traceback__))
         self._has_ended = True
         if self._children:
-            await self._cancel_children()
+            await self._cancel(set(self._children))
 
     @types.coroutine
     def _step_through(self, coroutine: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:
@@ -164,8 +166,7 @@ class TaskBody:
         is_soft_limit = isinstance(interruption, SoftTimeLimitExceeded)
         return _SoftLimitAtAwait(*interruption.args) if is_soft_limit else interruption
 
-    async def _cancel_children(self) -> None:
-        children = set(self._children)
+    async def _cancel(self, children: set[asyncio.Task[Any]]) -> None:
         logger.warning(
             "Task %r ended and left %d asyncio tasks behind, which are cancelled: %s",
             self.task_name,
@@ -186,9 +187,10 @@ class TaskBody:
                 self._awaitable.close()
         if not task.cancelled():
             task.exception()  # seen, so that asyncio does not report it
-        self._asyncio_task = None
-        self.context.run(CURRENT_BODY.set, None)  # or both would wait for the garbage collector
         on_end()
+        # Both lead back to this body, which would stay, with all that its run holds, until a full collection.
+        self._asyncio_task = None
+        del self.context
 
 
 class EndedBody(Protocol):

@@ -125,6 +125,7 @@ class QoS(stock.QoS):
     @override
     def append(self, message: Any, delivery_tag: str) -> None:
         if self.channel.is_stored:
+            message._raw = None  # noqa: SLF001  # what kombu stores, and the body twice
             virtual.QoS.append(self, message, delivery_tag)
         else:
             super().append(message, delivery_tag)

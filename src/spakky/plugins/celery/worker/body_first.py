@@ -60,10 +60,11 @@ class _TaskRequest(TaskRequest):  # type: ignore[misc]  # the host ships no type
     """As while Celery's tracer calls a task: who calls it in its body has another request."""
 
     def __init__(self, request: Request) -> None:  # the base's takes any fields
-        fields: dict[str, Any] = self.__dict__
-        fields.update(request.request_dict)
+        fields: dict[str, Any] = request.request_dict
+        self.__dict__ = fields  # one for both
+        fields["is_eager"] = False
         fields.update(_embedded(request))
-        fields.update(is_eager=False, called_directly=False, args=request.args, kwargs=request.kwargs)
+        fields.update(called_directly=False, args=request.args, kwargs=request.kwargs)
         limits = fields.get("timelimit")
         if limits:
             fields["time_limit"], fields["soft_time_limit"] = limits
@@ -255,10 +256,9 @@ class BodyFirstRun(PoolRun):
         trace.info(trace.LOG_SUCCESS, fields)
 
     @override
-    def _run_target(self) -> tuple[int, Any, float]:
+    def _call_target(self) -> tuple[int, Any, float]:
         """Trace as Celery's ``fast_trace_task`` does, with what the body has left in its request."""
         request = self._request
-        request.request_dict.update(vars(self._task_request))
         _BEGAN.set(self._began_s)
         found = self._first.trace(request)(request.id, request.args, request.kwargs, request.request_dict)
         outcome, info, took_s, shown = found

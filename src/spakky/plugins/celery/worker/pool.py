@@ -31,6 +31,7 @@ from spakky.plugins.celery.worker.body_first import BodyFirst, BodyFirstRun
 from spakky.plugins.celery.worker.cold_shutdown import defer_cold_shutdown
 from spakky.plugins.celery.worker.hub_calls import HubCalls
 from spakky.plugins.celery.worker.job_threads import JobThreads
+from spakky.plugins.celery.worker.lasting_objects import expect_objects
 from spakky.plugins.celery.worker.loop_calls import LoopCalls
 from spakky.plugins.celery.worker.loop_watch import LoopWatch
 from spakky.plugins.celery.worker.pool_run import PoolRun, Tracer
@@ -49,6 +50,8 @@ _DEFAULT_BLOCKED_LOOP_S: Final = 1.0
 _CLEAN_UP_S: Final = 5.0
 """Time that cancelled bodies have for their ``finally`` blocks when a worker is terminated."""
 _POLL_S: Final = 0.05
+_OBJECTS_OF_A_RUN: Final = 50
+"""About so many that the garbage collector knows of belong to a task that runs."""
 _FAST_LOCALS: Final = "Unset it: with thread locals, current_task would be any of the tasks on the event loop."
 _ONE_PROCESS: Final = (
     "An AsyncioPool is one process that is never replaced: limit its memory from outside, or use prefork."
@@ -111,6 +114,7 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
         warn_after_s = self.app.conf.get(BLOCKED_LOOP_SETTING, _DEFAULT_BLOCKED_LOOP_S)
         self._watch = LoopWatch(self.loop, warn_after_s)
         defer_cold_shutdown(self._hub_calls)
+        expect_objects(_OBJECTS_OF_A_RUN * self.limit)
 
     @override
     def register_with_event_loop(self, loop: Any) -> None:

@@ -117,7 +117,7 @@ class PoolRun:
     def account(self) -> None:
         """Have Celery's tracer run it, and tell Celery how it ended."""
         try:
-            outcome = self._run_target()
+            outcome = self._call_target()
             self._has_ended = True
         except DroppedError:
             return
@@ -126,7 +126,8 @@ class PoolRun:
             return
         self._pool.tell(self._report, self._callback, outcome)
 
-    def _run_target(self) -> Any:
+    def _call_target(self) -> Any:
+        """Have Celery's tracer run; who has no target overrides it: a method of its own as target would be a cycle."""
         assert self._target is not None
         return self._target()
 

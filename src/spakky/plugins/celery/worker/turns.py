@@ -16,17 +16,16 @@ class Turns:
 
     def __init__(self) -> None:
         self._waiting: dict[object, deque[Callable[[], object]] | None] = {}
-        """What waits, by the id of what is under way; None, as nearly always: nothing."""
+        """By the id of a run that is under way; an empty deque has room for 64, and hardly anybody ever waits."""
         self._lock = threading.Lock()
 
     def begin(self, task_id: object, begin: Callable[[], object]) -> None:
         """Call at once, or when the run of this id that is under way has ended."""
         with self._lock:
             if task_id in self._waiting:
-                waiting = self._waiting[task_id]
-                if waiting is None:
-                    waiting = self._waiting[task_id] = deque()
+                waiting = self._waiting[task_id] or deque()
                 waiting.append(begin)
+                self._waiting[task_id] = waiting
                 return
             self._waiting[task_id] = None
         begin()
