@@ -36,6 +36,7 @@ SENDING = {
     "prepared_dispatch",
     "producer_connections",
     "publisher",
+    "redis_text",
     "task_sender",
 }
 RUNNING = {

@@ -6,12 +6,14 @@ than what differs between two messages of a task. Whatever is not sure to repeat
 through ``send_task``.
 """
 
+import json
 import os
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import cached_property
+from typing import Any, Final, NamedTuple
 
 from celery import Celery, Task, signals
 from celery.app.amqp import AMQP
@@ -19,9 +21,18 @@ from celery.app.routes import MapRoute, Router
 from celery.utils.saferepr import saferepr
 from kombu.entity import maybe_delivery_mode
 from kombu.messaging import Producer
-from kombu.serialization import dumps
+from kombu.serialization import dumps, registry
+from kombu.utils import json as kombu_json
 
-__all__ = ["MessageTemplate", "MessageTemplates", "WireMessage"]
+__all__ = [
+    "IGNORE_RESULT",
+    "MessageSeries",
+    "MessageTemplate",
+    "MessageTemplates",
+    "WireMessage",
+    "to_json",
+    "to_transport_message",
+]
 
 _MAX_TEMPLATES: Final = 4096
 
@@ -53,6 +64,18 @@ _PUBLISHED: Final = frozenset(
 )
 
 _FLAT: Final = frozenset({int, bool, float, type(None)})
+_PLAIN: Final = _FLAT | {str}
+"""Types whose values any JSON encoder writes as kombu's does."""
+
+_JSON: Final = "json"
+_NO_KEYWORDS: Final = f"{{}}, {kombu_json.dumps(_EMBEDDED)}]"
+"""End of the body of a message without keyword arguments."""
+
+IGNORE_RESULT: Final = "ignore_result"
+"""The one header of Celery's that is another for each dispatch."""
+
+to_json: Final = json.JSONEncoder().encode
+"""Make JSON of what is plain: an encoder that is made anew for each value, as kombu's is, takes three times as long."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -66,6 +89,8 @@ class MessageTemplate:
     routing_key: str
     priority: int
     serializer: str
+    plain_content: tuple[str, str] | None
+    """Type and encoding of a body that kombu's own JSON makes; None where something else makes it."""
     repr_levels: int
     retry_policy: Mapping[str, Any] | None
     """How a lost connection is dealt with; None: not at all."""
@@ -73,17 +98,78 @@ class MessageTemplate:
     """Queues that must have been declared on a connection before the first message goes over it."""
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclass(eq=False)
+class MessageSeries:
+    """What the messages of one dispatch have in common."""
+
+    template: MessageTemplate
+    headers: Mapping[str, Any]
+    """Headers beside Celery's; they win over Celery's own."""
+    root_id: str | None
+    """None: each message is its own root."""
+    parent_id: str | None
+    reply_to: str
+
+    @cached_property
+    def texts(self) -> "SeriesTexts | None":
+        """What is in the headers and properties of each message, as JSON; None where another of Celery's differs."""
+        more = {name: value for name, value in self.headers.items() if name != IGNORE_RESULT}
+        if not self.template.headers.keys().isdisjoint(more) or IGNORE_RESULT not in self.headers:
+            return None
+        return SeriesTexts(
+            root_id=None if self.root_id is None else to_json(self.root_id),
+            parent_id=to_json(self.parent_id),
+            reply_to=to_json(self.reply_to),
+            ignore_result=to_json(self.headers[IGNORE_RESULT]),
+            more=f", {to_json(more)[1:-1]}" if more else "",
+        )
+
+
+class SeriesTexts(NamedTuple):
+    """JSON of what the messages of a series have in common, and those of others have not."""
+
+    root_id: str | None
+    parent_id: str
+    reply_to: str
+    ignore_result: str
+    more: str
+    """Further headers, each with a comma before it."""
+
+
+@dataclass(slots=True, eq=False)
 class WireMessage:
     """One message, encoded: what is left to do is to send it."""
 
-    template: MessageTemplate
+    series: MessageSeries
     task_id: str
     body: str | bytes
-    content_type: str
-    content_encoding: str
-    headers: dict[str, Any]
-    properties: dict[str, Any]
+    content: tuple[str, str]
+    """Its type and encoding."""
+    args_repr: str
+    kwargs_repr: str
+
+    @property
+    def template(self) -> MessageTemplate:
+        """What it was made from."""
+        return self.series.template
+
+    def make_headers(self) -> dict[str, Any]:
+        """Make its headers, Celery's and those beside them."""
+        series = self.series
+        return {
+            **series.template.headers,
+            "id": self.task_id,
+            "root_id": series.root_id or self.task_id,
+            "parent_id": series.parent_id,
+            "argsrepr": self.args_repr,
+            "kwargsrepr": self.kwargs_repr,
+            **series.headers,
+        }
+
+    def make_properties(self) -> dict[str, Any]:
+        """Make its properties."""
+        series = self.series
+        return {**series.template.properties, "correlation_id": self.task_id, "reply_to": series.reply_to}
 
 
 class MessageTemplates:
@@ -121,45 +207,38 @@ class MessageTemplates:
 
     def fill(
         self,
-        template: MessageTemplate,
+        series: MessageSeries,
+        task_id: str,
         args: tuple[object, ...],
         kwargs: Mapping[str, object],
-        headers: Mapping[str, object],
-        options: Mapping[str, Any],
     ) -> WireMessage:
         """Make one message.
 
         Args:
-            template: What ``find`` has found for these options.
+            series: What it has in common with others of its dispatch.
+            task_id: Id of the task.
             args: Arguments of the task.
             kwargs: Its keyword arguments.
-            headers: Headers beside Celery's; they win over Celery's own.
-            options: Of them ``task_id``, ``reply_to``, ``root_id`` and ``parent_id`` are read.
 
         Raises:
             kombu.exceptions.EncodeError: If the arguments cannot be encoded.
         """
-        task_id = options["task_id"]
+        template = series.template
         amqp = self._celery.amqp
+        body: str | bytes
+        if template.plain_content is not None and not kwargs and _PLAIN.issuperset(map(type, args)):
+            content, body = template.plain_content, f"[{to_json(args)}, {_NO_KEYWORDS}"
+        else:
+            encoded: Any = dumps((args or (), kwargs or {}, _EMBEDDED), serializer=template.serializer)
+            content, body = encoded[:2], encoded[2]
         levels = template.repr_levels
-        encoded: Any = dumps((args or (), kwargs or {}, _EMBEDDED), serializer=template.serializer)
-        content_type, content_encoding, body = encoded
         return WireMessage(
-            template=template,
-            task_id=task_id,
-            body=body,
-            content_type=content_type,
-            content_encoding=content_encoding,
-            headers={
-                **template.headers,
-                "id": task_id,
-                "root_id": options.get("root_id") or task_id,
-                "parent_id": options.get("parent_id"),
-                "argsrepr": to_repr(args, amqp.argsrepr_maxsize, levels),
-                "kwargsrepr": to_repr(kwargs, amqp.kwargsrepr_maxsize, levels) if kwargs else "{}",
-                **headers,
-            },
-            properties={**template.properties, "correlation_id": task_id, "reply_to": options.get("reply_to") or ""},
+            series,
+            task_id,
+            body,
+            content,
+            to_repr(args, amqp.argsrepr_maxsize, levels),
+            to_repr(kwargs, amqp.kwargsrepr_maxsize, levels) if kwargs else "{}",
         )
 
     def _is_plain(self) -> bool:
@@ -191,6 +270,7 @@ class MessageTemplates:
             made.get("send_task_message"),
             type(self._celery).send_task,
             Producer.publish,
+            _find_codec(_JSON),
         )
 
     def _check_stock(self) -> bool:
@@ -276,16 +356,38 @@ def _to_template(task: Task | None, body: Any, published: dict[str, Any], repr_l
         routing_key=published["routing_key"],
         priority=published.get("priority", 0),
         serializer=published["serializer"],
+        plain_content=_find_plain_content(published["serializer"]),
         repr_levels=repr_levels,
         retry_policy=published["retry_policy"] if published["retry"] else None,
         declare=tuple(published["declare"] or ()),
     )
 
 
+def _find_codec(serializer: str) -> Any:
+    return registry._encoders.get(serializer)  # noqa: SLF001  # kombu does not tell otherwise whose it is
+
+
+def _find_plain_content(serializer: str) -> tuple[str, str] | None:
+    codec = _find_codec(serializer)
+    is_kombus = serializer == _JSON and codec is not None and codec.encoder is kombu_json.dumps
+    return (codec.content_type, codec.content_encoding) if is_kombus else None
+
+
 def _is_defined_in(function: Any, module: str) -> bool:
     """Whether a function is a module's own: one that wraps it says that it is, and has another module's globals."""
     function = getattr(function, "__func__", function)
     return getattr(function, "__globals__", None) is vars(sys.modules[module])
+
+
+def to_transport_message(channel: Any, message: WireMessage) -> Any:
+    """Have a kombu channel make its own form of a message."""
+    return channel.prepare_message(
+        message.body,
+        message.template.priority,
+        *message.content,
+        message.make_headers(),
+        message.make_properties(),
+    )
 
 
 def to_repr(value: Any, max_length: int, levels: int) -> str:

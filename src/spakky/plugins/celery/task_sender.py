@@ -45,7 +45,7 @@ from spakky.plugins.celery.error import (
     TaskNotEncodableError,
 )
 from spakky.plugins.celery.instrumentation.auth_decisions import AuthDecisionRecord
-from spakky.plugins.celery.message_templates import MessageTemplate, MessageTemplates, WireMessage
+from spakky.plugins.celery.message_templates import MessageSeries, MessageTemplate, MessageTemplates, WireMessage
 from spakky.plugins.celery.options import (
     merge_options,
     unknown_queue,
@@ -403,9 +403,8 @@ class TaskSender:
         if common.decision is not None:
             self.caller.tell_allowed(common.decision, envelope.task_id)
         if template is not None and not arguments.reprs:
-            headers = {**common.headers, "ignore_result": common.ignore_result}
-            options = {**common.options, "task_id": envelope.task_id}
-            envelope.message = self._templates.fill(template, arguments.args, arguments.kwargs, headers, options)
+            series = _open_series(common, template)
+            envelope.message = self._templates.fill(series, envelope.task_id, arguments.args, arguments.kwargs)
         return envelope
 
     def _prepare_many(
@@ -667,3 +666,14 @@ def _is_ignored(option: bool | None, celery: Celery) -> bool:
 def _are_small(headers: Mapping[str, str]) -> bool:
     """Whether headers fit into any frame, so that nobody need measure them."""
     return sum(map(len, headers.values())) < _SMALL_HEADERS
+
+
+def _open_series(common: _Envelope, template: MessageTemplate) -> MessageSeries:
+    options: Mapping[str, Any] = common.options
+    return MessageSeries(
+        template,
+        {**common.headers, "ignore_result": common.ignore_result},
+        options.get("root_id"),
+        options.get("parent_id"),
+        options.get("reply_to") or "",
+    )
