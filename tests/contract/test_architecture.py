@@ -91,6 +91,7 @@ VALUES = {
     "common.progress_reporter",
     "common.refused_message",
     "common.remote_errors",
+    "common.result_source",
     "common.result_waiter",
     "common.run_key",
     "common.run_state",

@@ -369,8 +369,9 @@ def _find_codec(serializer: str) -> Any:
 
 def _find_plain_content(serializer: str) -> tuple[str, str] | None:
     codec = _find_codec(serializer)
-    is_kombus = serializer == _JSON and codec is not None and codec.encoder is kombu_json.dumps
-    return (codec.content_type, codec.content_encoding) if is_kombus else None
+    if serializer != _JSON or codec is None or codec.encoder is not kombu_json.dumps:
+        return None
+    return codec.content_type, codec.content_encoding
 
 
 def _is_defined_in(function: Any, module: str) -> bool:
