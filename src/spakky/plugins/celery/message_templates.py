@@ -6,13 +6,14 @@ than what differs between two messages of a task. Whatever is not sure to repeat
 through ``send_task``.
 """
 
-import json
 import os
 import sys
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from json.encoder import encode_basestring_ascii
+from math import isfinite
 from typing import Any, Final, NamedTuple
 
 from celery import Celery, Task, signals
@@ -64,8 +65,20 @@ _PUBLISHED: Final = frozenset(
 )
 
 _FLAT: Final = frozenset({int, bool, float, type(None)})
-_PLAIN: Final = _FLAT | {str}
-"""Types whose values any JSON encoder writes as kombu's does."""
+
+
+def _to_float_json(value: float) -> str:
+    return float.__repr__(value) if isfinite(value) else str(kombu_json.dumps(value))
+
+
+_PLAIN: Final[Mapping[type, Callable[[Any], str]]] = {
+    str: encode_basestring_ascii,
+    int: int.__repr__,
+    float: _to_float_json,
+    bool: {True: "true", False: "false"}.__getitem__,
+    type(None): {None: "null"}.__getitem__,
+}
+"""Types whose values kombu's JSON writes as any does, with what writes them."""
 
 _JSON: Final = "json"
 _NO_KEYWORDS: Final = f"{{}}, {kombu_json.dumps(_EMBEDDED)}]"
@@ -73,9 +86,6 @@ _NO_KEYWORDS: Final = f"{{}}, {kombu_json.dumps(_EMBEDDED)}]"
 
 IGNORE_RESULT: Final = "ignore_result"
 """The one header of Celery's that is another for each dispatch."""
-
-to_json: Final = json.JSONEncoder().encode
-"""Make JSON of what is plain: an encoder that is made anew for each value, as kombu's is, takes three times as long."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -91,6 +101,8 @@ class MessageTemplate:
     serializer: str
     plain_content: tuple[str, str] | None
     """Type and encoding of a body that kombu's own JSON makes; None where something else makes it."""
+    args_repr_length: int
+    kwargs_repr_length: int
     repr_levels: int
     retry_policy: Mapping[str, Any] | None
     """How a lost connection is dealt with; None: not at all."""
@@ -98,7 +110,7 @@ class MessageTemplate:
     """Queues that must have been declared on a connection before the first message goes over it."""
 
 
-@dataclass(eq=False)
+@dataclass
 class MessageSeries:
     """What the messages of one dispatch have in common."""
 
@@ -117,11 +129,11 @@ class MessageSeries:
         if not self.template.headers.keys().isdisjoint(more) or IGNORE_RESULT not in self.headers:
             return None
         return SeriesTexts(
-            root_id=None if self.root_id is None else to_json(self.root_id),
-            parent_id=to_json(self.parent_id),
-            reply_to=to_json(self.reply_to),
-            ignore_result=to_json(self.headers[IGNORE_RESULT]),
-            more=f", {to_json(more)[1:-1]}" if more else "",
+            None if self.root_id is None else to_json(self.root_id),
+            to_json(self.parent_id),
+            to_json(self.reply_to),
+            to_json(self.headers[IGNORE_RESULT]),
+            "".join([f", {to_json(name)}: {to_json(value)}" for name, value in more.items()]),
         )
 
 
@@ -224,21 +236,15 @@ class MessageTemplates:
             kombu.exceptions.EncodeError: If the arguments cannot be encoded.
         """
         template = series.template
-        amqp = self._celery.amqp
-        body: str | bytes
-        if template.plain_content is not None and not kwargs and _PLAIN.issuperset(map(type, args)):
-            content, body = template.plain_content, f"[{to_json(args)}, {_NO_KEYWORDS}"
-        else:
-            encoded: Any = dumps((args or (), kwargs or {}, _EMBEDDED), serializer=template.serializer)
-            content, body = encoded[:2], encoded[2]
+        content, body = _make_body(template, args, kwargs)
         levels = template.repr_levels
         return WireMessage(
             series,
             task_id,
             body,
             content,
-            to_repr(args, amqp.argsrepr_maxsize, levels),
-            to_repr(kwargs, amqp.kwargsrepr_maxsize, levels) if kwargs else "{}",
+            to_repr(args, template.args_repr_length, levels),
+            to_repr(kwargs, template.kwargs_repr_length, levels) if kwargs else "{}",
         )
 
     def _is_plain(self) -> bool:
@@ -247,7 +253,7 @@ class MessageTemplates:
             signals.before_task_publish.receivers
             or signals.after_task_publish.receivers
             or signals.task_sent.receivers
-            or self._celery.conf.task_send_sent_event
+            or self._celery.conf["task_send_sent_event"]
         ):
             return False
         source = self._find_source()
@@ -264,6 +270,8 @@ class MessageTemplates:
         return (
             os.getpid(),
             amqp,
+            amqp.argsrepr_maxsize,
+            amqp.kwargsrepr_maxsize,
             made.get("router"),
             made.get("queues"),
             made.get("create_task_message"),
@@ -304,7 +312,7 @@ class MessageTemplates:
             add_to_parent=False,
             **options,
         )
-        return _to_template(task, recorder.body, recorder.options, self._celery.conf.task_repr_maxlevels)
+        return _to_template(task, recorder.body, recorder.options, self._celery)
 
 
 _MISSING: Final[Any] = object()
@@ -325,7 +333,7 @@ class _Recorder:
         self.body, self.options = body, options
 
 
-def _to_template(task: Task | None, body: Any, published: dict[str, Any], repr_levels: int) -> MessageTemplate | None:
+def _to_template(task: Task | None, body: Any, published: dict[str, Any], celery: Celery) -> MessageTemplate | None:
     """Make a template of what was recorded; None where anything in it is not as it always is."""
     headers = dict(published["headers"])
     places = (
@@ -357,10 +365,23 @@ def _to_template(task: Task | None, body: Any, published: dict[str, Any], repr_l
         priority=published.get("priority", 0),
         serializer=published["serializer"],
         plain_content=_find_plain_content(published["serializer"]),
-        repr_levels=repr_levels,
+        args_repr_length=celery.amqp.argsrepr_maxsize,
+        kwargs_repr_length=celery.amqp.kwargsrepr_maxsize,
+        repr_levels=celery.conf.task_repr_maxlevels,
         retry_policy=published["retry_policy"] if published["retry"] else None,
         declare=tuple(published["declare"] or ()),
     )
+
+
+def _make_body(
+    template: MessageTemplate, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> tuple[tuple[str, str], str | bytes]:
+    """Encode arguments, those that are plain without what kombu does for others."""
+    if template.plain_content is not None and not kwargs and _PLAIN.keys() >= set(map(type, args)):
+        with suppress(ValueError):  # a number of too many digits, which kombu has an error for
+            return template.plain_content, f"[[{', '.join(map(to_json, args))}], {_NO_KEYWORDS}"
+    encoded: Any = dumps((args or (), kwargs or {}, _EMBEDDED), serializer=template.serializer)
+    return encoded[:2], encoded[2]
 
 
 def _find_codec(serializer: str) -> Any:
@@ -378,6 +399,12 @@ def _is_defined_in(function: Any, module: str) -> bool:
     """Whether a function is a module's own: one that wraps it says that it is, and has another module's globals."""
     function = getattr(function, "__func__", function)
     return getattr(function, "__globals__", None) is vars(sys.modules[module])
+
+
+def to_json(value: Any) -> str:
+    """Make JSON of what is plain, as kombu does, which makes a new encoder for each value."""
+    encode = _PLAIN.get(type(value))
+    return str(kombu_json.dumps(value)) if encode is None else encode(value)
 
 
 def to_transport_message(channel: Any, message: WireMessage) -> Any:

@@ -36,17 +36,18 @@ _COUNTS: Final = {**dict.fromkeys(_VALUES, 1), _ID: 2}
 class RedisText:
     """What the messages of one template are in a Redis list: text around what differs between two of them."""
 
-    def __init__(self, channel: Any, key: str, text: str, places: list[str]) -> None:
+    def __init__(self, channel: Any, key: str, texts: list[str], places: list[str]) -> None:
         """Keep what ``of`` has found.
 
         Args:
             channel: The channel that has written the text.
             key: The list that it goes to.
-            text: The text, for the ``%`` operator.
-            places: For each place in it which value belongs there.
+            texts: What it is around each value.
+            places: For each value between two of them which one it is.
         """
         self.key = key
-        self._text = text
+        self._parts = [""] * (len(texts) + len(places))
+        self._parts[::2] = texts
         self._arrange = itemgetter(*[_VALUES.index(place) for place in places])
         self._make_tag: Callable[[], str] = channel._next_delivery_tag  # noqa: SLF001  # kombu's transports are made of such parts
         self._encode_body = _find_encoder(channel)
@@ -70,16 +71,14 @@ class RedisText:
             return None
         _, key, text = commands[0]
         tokens = {to_json(value): value for value in (_ID, _ROOT, _PARENT, _REPLY_TO, _ARGS, _KWARGS, _IGNORED)}
-        tokens[f", {to_json({_MORE: _MORE})[1:-1]}"] = _MORE
+        tokens[f", {to_json(_MORE)}: {to_json(_MORE)}"] = _MORE
         tokens[to_json(written["body"])] = _BODY
         tokens[to_json(written["properties"]["delivery_tag"])] = _TAG
         parts = re.split(f"({'|'.join(map(re.escape, tokens))})", text)
         places = [tokens[part] for part in parts[1::2]]
         if any(places.count(place) != count for place, count in _COUNTS.items()):
             return None
-        parts[::2] = [part.replace("%", "%%") for part in parts[::2]]
-        parts[1::2] = ["%s"] * len(places)
-        return cls(channel, key, "".join(parts), places)
+        return cls(channel, key, parts[::2], places)
 
     def fill(self, message: WireMessage) -> bytes | None:
         """Make the text of one message, with a delivery tag of its own; None where kombu must write it."""
@@ -99,8 +98,9 @@ class RedisText:
             self._encode_body(message.body),
             f'"{self._make_tag()}"',
         )
-        text: str = self._text % self._arrange(values)
-        return text.encode("ascii")
+        parts = self._parts.copy()
+        parts[1::2] = self._arrange(values)
+        return "".join(parts).encode("ascii")
 
 
 class _Recorder:

@@ -33,7 +33,7 @@ from spakky.plugins.celery.common.constants import SERIALIZER_HEADER
 from spakky.plugins.celery.common.forked_client import renew_after_fork
 from spakky.plugins.celery.common.fresh_ids import make_id
 from spakky.plugins.celery.common.previous import PREVIOUS
-from spakky.plugins.celery.common.result_source import ResultSource
+from spakky.plugins.celery.common.result_source import ResultSource, is_ignored
 from spakky.plugins.celery.common.task_catalog import TaskCatalog
 from spakky.plugins.celery.common.task_method import BoundTask, TaskMethod
 from spakky.plugins.celery.common.task_result import CeleryTaskResult
@@ -130,6 +130,23 @@ class _Envelope:
     """What is done just before it is sent."""
 
 
+class _Translation:
+    """A context manager; one that ``contextmanager`` makes takes three times as long."""
+
+    __slots__ = ("_dispatch", "_translate")
+
+    def __init__(self, translate: Callable[[_Dispatch, BaseException], None], dispatch: _Dispatch) -> None:
+        self._translate = translate
+        self._dispatch = dispatch
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self._translate(self._dispatch, error)
+
+
 @dataclass(kw_only=True)
 class TaskSender:
     """Sends tasks through one Celery app: one per application and process, or per aspect that was built by hand."""
@@ -147,6 +164,9 @@ class TaskSender:
         self._producers = ProducerConnections(self.celery, self._timeout_s)
         self._publisher = Publisher(self._producers.limit if self.catalog is not None else 1)
         self._templates = MessageTemplates(self.celery)
+        self._last_series: MessageSeries | None = None
+        """Dispatches one after the other of one caller have the same, whose JSON is made once."""
+        self._merged: dict[TaskMethod, tuple[dict[str, Any], dict[str, object]]] = {}
         self._prepared = PreparedDispatch(self._producers, self._publisher)
         self._outbox = Outbox(
             self._publisher, lambda batch: self._prepared.send(batch, self._timeout_s), self._timeout_s
@@ -199,7 +219,8 @@ class TaskSender:
             return self._make_handle(envelope)
         with self._outbox.open() as ticket:
             try:
-                await ticket.wait_for_admission()
+                if (admission := ticket.ask_for_admission()) is not None:
+                    await admission
             except PublishTimeoutError:
                 raise self._to_timeout_error(bound.method) from None
             envelope = self._prepare(bound, args, kwargs, options)
@@ -319,7 +340,7 @@ class TaskSender:
             raise TaskCompositionError(body.name, reason, instead) from None
         for leaf in header:
             options = merge_options(leaf.bound.method.options, leaf.options)
-            if _is_ignored(options.get("ignore_result"), self.celery):
+            if is_ignored(options.get("ignore_result"), self.celery):
                 reason, instead = f"{leaf.name} drops its result", "Configure that call with ignore_result=False."
                 raise TaskCompositionError(body.name, reason, instead)
 
@@ -378,11 +399,10 @@ class TaskSender:
     def _open(self, bound: BoundTask, call_options: Mapping[str, Any]) -> _Dispatch:
         """Make what the messages of one dispatch have in common."""
         method = bound.method
-        options = merge_options(method.options, call_options)
+        options, publish_options = self._merge(method, call_options)
         headers = self.caller.make(bound)
         if call_options.get("serializer") is not None:
             headers[SERIALIZER_HEADER] = str(call_options["serializer"])
-        publish_options = to_publish_options(options)
         self.caller.warn_of_late(method, headers, publish_options)
         dispatch = _Dispatch(
             method=method,
@@ -397,6 +417,17 @@ class TaskSender:
             dispatch.series = self._open_series(dispatch)
         return dispatch
 
+    def _merge(self, method: TaskMethod, call_options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, object]]:
+        """Give the options of a call, and what they are for Celery; not to be changed."""
+        if call_options:
+            options = merge_options(method.options, call_options)
+            return options, to_publish_options(options)
+        merged = self._merged.get(method)
+        if merged is None:
+            options = merge_options(method.options)
+            merged = self._merged[method] = options, to_publish_options(options)
+        return merged
+
     def _open_series(self, dispatch: _Dispatch) -> MessageSeries | None:
         """Begin messages that are made without Celery's help; None where that cannot be sure to make the same."""
         if not self._is_preparing or self.outlet is not None or dispatch.reply_queue is not None:
@@ -405,13 +436,18 @@ class TaskSender:
         template = self._templates.find(dispatch.method.name, options) if _are_small(dispatch.headers) else None
         if template is None:
             return None
-        return MessageSeries(
+        series = MessageSeries(
             template,
             {**dispatch.headers, IGNORE_RESULT: dispatch.ignore_result},
             options.get("root_id"),
             options.get("parent_id"),
             options.get("reply_to") or "",
         )
+        last = self._last_series
+        if series == last:
+            return last
+        self._last_series = series
+        return series
 
     def _fill(self, dispatch: _Dispatch, arguments: _Arguments) -> _Envelope:
         """Make the envelope of one message, and the message itself where it can be made here."""
@@ -568,8 +604,7 @@ class TaskSender:
     def _find_results(self, dispatch: _Dispatch) -> ResultSource:
         """Find where results are, to be asked for over the connections of this thread."""
         celery = self._results
-        is_ignored = _is_ignored(dispatch.ignore_result, self.celery)
-        return ResultSource(celery, celery.backend, is_ignored, codec_of(dispatch.method).decode_result)
+        return ResultSource(celery, celery.backend, dispatch.ignore_result, codec_of(dispatch.method).decode_result)
 
     def _make_result(self, envelope: _Envelope) -> AsyncResult:
         return self._find_results(envelope.dispatch).make(envelope.task_id)
@@ -606,20 +641,18 @@ class TaskSender:
             with self._translating(envelopes[place].dispatch):
                 raise error
 
-    @contextmanager
-    def _translating(self, dispatch: _Dispatch) -> Iterator[None]:
+    def _translating(self, dispatch: _Dispatch) -> "_Translation":
         """Raise what the hosts raise as errors of this package."""
-        try:
-            yield
-        except TaskDispatchTimeoutError:
-            raise
-        except PublishTimeoutError:
+        return _Translation(self._translate, dispatch)
+
+    def _translate(self, dispatch: _Dispatch, error: BaseException) -> None:
+        if isinstance(error, TaskDispatchTimeoutError):
+            return
+        if isinstance(error, PublishTimeoutError):
             raise self._to_timeout_error(dispatch.method) from None
-        except QueueNotFound:
+        if isinstance(error, QueueNotFound):
             raise unknown_queue(dispatch.method.name, str(dispatch.options.get("queue"))) from None
-        except _TRANSPORT_ERRORS as error:
-            if isinstance(error, AbstractSpakkyCeleryError):
-                raise
+        if isinstance(error, _TRANSPORT_ERRORS) and not isinstance(error, AbstractSpakkyCeleryError):
             raise self._to_dispatch_error(dispatch, error) from error
 
     def _publish_with(self, producer: Producer, envelope: _Envelope, deadline: float) -> AsyncResult:
@@ -634,7 +667,7 @@ class TaskSender:
         if time.monotonic() > deadline:
             raise self._to_timeout_error(dispatch.method)
         result = self._send_task(self.celery, envelope, options | {"producer": producer})
-        result.ignored = _is_ignored(dispatch.ignore_result, self.celery)
+        result.ignored = is_ignored(dispatch.ignore_result, self.celery)
         return result
 
     def _send_task(self, celery: Celery, envelope: _Envelope, options: Mapping[str, Any]) -> AsyncResult:
@@ -680,10 +713,6 @@ class TaskSender:
         if self.catalog is None:
             return _DEFAULT_PUBLISH_TIMEOUT_S
         return float(self.celery.conf.get(PUBLISH_TIMEOUT_SETTING) or _DEFAULT_PUBLISH_TIMEOUT_S)
-
-
-def _is_ignored(option: bool | None, celery: Celery) -> bool:
-    return bool(celery.conf.task_ignore_result) if option is None else option
 
 
 def _are_small(headers: Mapping[str, str]) -> bool:
