@@ -265,7 +265,7 @@ class MessageTemplates:
 
     def _find_source(self) -> tuple[object, ...]:
         """What a template was made by; another one here means that all templates are out of date."""
-        amqp = self._celery.amqp
+        amqp = vars(self._celery).get("amqp") or self._celery.amqp  # kombu's cached properties are slow to ask
         made = vars(amqp)  # Celery makes each of these once, and a test or a user may put another in its place
         return (
             os.getpid(),
