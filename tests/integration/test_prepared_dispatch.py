@@ -541,6 +541,23 @@ def test_coroutines_of_which_the_broker_refuses_some(start: Callable[..., Sender
     assert [message.decode()[0][0] for message in sender.taken()] == [0, *accepted] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("ignore_result", [None, True, False])
+def test_a_result_is_made_when_it_is_asked_for(start: Callable[..., Sender], ignore_result: bool | None) -> None:
+    """A handle has its id without Celery's result, which is of the dispatching thread's connections when it is made."""
+    sender = start("memory")
+    call = sender.tasks.configure(sender.letters.write, ignore_result=ignore_result)
+    with ThreadPoolExecutor(1) as threads:
+        handles: list[Any] = threads.submit(call.dispatch_many, [("Ada",), ("Bob",)]).result()
+        theirs = threads.submit(lambda: sender.celery.backend).result()
+    assert [message.headers["id"] for message in sender.taken()] == [handle.task_id for handle in handles]
+    assert not any("_result" in vars(handle) for handle in handles)
+    for handle in handles:
+        assert handle._result is handle._result
+        assert handle._result.id == handle.task_id
+        assert handle._result.backend is theirs
+        assert handle._result.ignored is bool(ignore_result)
+
+
 # A connection that is lost
 
 
