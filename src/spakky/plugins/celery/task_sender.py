@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from itertools import batched
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, cast
@@ -166,7 +166,6 @@ class TaskSender:
         self._templates = MessageTemplates(self.celery)
         self._last_series: MessageSeries | None = None
         """Dispatches one after the other of one caller have the same, whose JSON is made once."""
-        self._merged: dict[TaskMethod, tuple[dict[str, Any], dict[str, object]]] = {}
         self._prepared = PreparedDispatch(self._producers, self._publisher)
         self._outbox = Outbox(
             self._publisher, lambda batch: self._prepared.send(batch, self._timeout_s), self._timeout_s
@@ -399,7 +398,7 @@ class TaskSender:
     def _open(self, bound: BoundTask, call_options: Mapping[str, Any]) -> _Dispatch:
         """Make what the messages of one dispatch have in common."""
         method = bound.method
-        options, publish_options = self._merge(method, call_options)
+        options, publish_options = _merge(method, call_options) if call_options else _own_options(method)
         headers = self.caller.make(bound)
         if call_options.get("serializer") is not None:
             headers[SERIALIZER_HEADER] = str(call_options["serializer"])
@@ -416,17 +415,6 @@ class TaskSender:
         with self._translating(dispatch):
             dispatch.series = self._open_series(dispatch)
         return dispatch
-
-    def _merge(self, method: TaskMethod, call_options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, object]]:
-        """Give the options of a call, and what they are for Celery; not to be changed."""
-        if call_options:
-            options = merge_options(method.options, call_options)
-            return options, to_publish_options(options)
-        merged = self._merged.get(method)
-        if merged is None:
-            options = merge_options(method.options)
-            merged = self._merged[method] = options, to_publish_options(options)
-        return merged
 
     def _open_series(self, dispatch: _Dispatch) -> MessageSeries | None:
         """Begin messages that are made without Celery's help; None where that cannot be sure to make the same."""
@@ -718,6 +706,18 @@ class TaskSender:
 def _are_small(headers: Mapping[str, str]) -> bool:
     """Whether headers fit into any frame, so that nobody need measure them."""
     return sum(map(len, headers.values())) < _SMALL_HEADERS
+
+
+def _merge(method: TaskMethod, call_options: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, object]]:
+    """Give the options of a call, and what they are for Celery."""
+    options = merge_options(method.options, call_options)
+    return options, to_publish_options(options)
+
+
+@lru_cache(maxsize=4096)
+def _own_options(method: TaskMethod) -> tuple[Mapping[str, Any], dict[str, object]]:
+    """Give those of a call that has none of its own; not to be changed."""
+    return _merge(method, _NO_OPTIONS)
 
 
 def _encode(codec: TaskCodec, args: tuple[object, ...], kwargs: dict[str, object]) -> _Arguments:
