@@ -36,6 +36,7 @@ SENDING = {
     "prepared_dispatch",
     "producer_connections",
     "publisher",
+    "redis_text",
     "task_sender",
 }
 RUNNING = {
@@ -91,6 +92,7 @@ VALUES = {
     "common.progress_reporter",
     "common.refused_message",
     "common.remote_errors",
+    "common.result_source",
     "common.result_waiter",
     "common.run_key",
     "common.run_state",

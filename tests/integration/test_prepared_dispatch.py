@@ -3,10 +3,12 @@
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
+from itertools import product
 from typing import Any, override
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -195,6 +197,8 @@ ARGUMENTS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
     ((["nested", {"a": [1, 2, (3,)]}],), {}),
     ((), {"name": "by keyword", "text": "x" * 500}),
     (("",), {}),
+    (("100 % of %s, {0}", "spakky-celery-id"), {}),
+    (("Ada", "spakky-celery-more"), {}),
 ]
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -252,14 +256,17 @@ def test_a_prepared_message_is_celerys_own(start: Callable[..., Sender], kind: s
 
 
 def test_redis_has_what_celery_would_have_written(start: Callable[..., Sender]) -> None:
-    """In Redis itself the two are the same JSON, but for ids: also in the list of each priority."""
+    """In Redis itself the two are the same JSON, but for ids: also in the list of each priority, whatever the texts."""
     sender = start("redis")
-    for priority in (None, 0, 4, 9):
+    texts: list[Any] = ["x", "100 % of %s, {0}", 'spakky-celery-id", "spakky-celery-tag"', "\u2028\ud800 ü", 1.5, None]
+    for priority, text in product((None, 0, 4, 9), texts):
+        TraceContext.set(TraceContext.new_root() if text == "x" else None)
         call = sender.tasks.configure(sender.letters.write, priority=priority)
-        call("Ada", text="x")
+        call("Ada", text)
         with watched():
-            call("Ada", text="x")
+            call("Ada", text)
         prepared, celerys = sender.raw(sender.name)
+        assert list(prepared["headers"]) == list(celerys["headers"])
         for message in (prepared, celerys):
             own = message["headers"].pop("id"), message["headers"].pop("root_id")
             assert {*own, message["properties"].pop("correlation_id")} == {own[0]}
@@ -268,6 +275,52 @@ def test_redis_has_what_celery_would_have_written(start: Callable[..., Sender]) 
         assert list(prepared) == list(celerys)
         assert list(prepared["properties"]) == list(celerys["properties"])
         sender.taken()
+
+
+def expiring(celery: Celery) -> None:
+    celery.conf.task_queues = [Queue(celery.main, Exchange(celery.main), celery.main, expires=3600)]
+
+
+def unencoded(celery: Celery) -> None:
+    celery.conf.broker_transport_options = {"body_encoding": None}
+
+
+@pytest.mark.parametrize("change", [expiring, unencoded])
+def test_what_kombu_does_otherwise_in_redis(start: Callable[..., Sender], change: Any) -> None:
+    """A queue that expires, and bodies that are not encoded, are kombu's: each message keeps the queue alive."""
+    sender = start("redis", change=change)
+    sender.tasks.dispatch_many(sender.letters.write, [("Ada", "é"), ("Bob", "é")])
+    with watched():
+        sender.letters.write("Ada", "é")
+    with Connection(url_of("redis")) as connection:
+        assert (connection.default_channel.client.pttl(sender.name) > 0) is (change is expiring)
+    ada, bob, celerys = sender.raw(sender.name)
+    assert ada["properties"]["delivery_tag"] != bob["properties"]["delivery_tag"]
+    assert ada["body"] == celerys["body"]
+    assert ada["properties"].keys() == celerys["properties"].keys()
+
+
+def test_each_message_has_its_callers_headers(start: Callable[..., Sender]) -> None:
+    """What callers have of their own is in their own messages, whoever dispatched just before or meanwhile."""
+    sender = start("redis")
+    roots = [TraceContext.new_root() for _ in range(3)]
+
+    async def dispatch(number: int) -> str:
+        TraceContext.set(roots[number % 3])
+        return (await sender.letters.write_async(number)).task_id
+
+    def dispatch_here(number: int) -> str:
+        TraceContext.set(roots[number % 3])
+        return sender.tasks.dispatch(sender.letters.write, number).task_id
+
+    async def dispatch_all() -> list[str]:
+        return await asyncio.gather(*map(dispatch, range(300)))
+
+    with ThreadPoolExecutor(3) as threads:
+        at_once = threads.submit(asyncio.run, dispatch_all())
+        ids = [*threads.map(dispatch_here, range(300)), *at_once.result()]
+    parents = {message.headers["id"]: message.headers["traceparent"] for message in sender.taken()}
+    assert [parents[id_] for id_ in ids] == [roots[number % 3].to_traceparent() for number in range(300)] * 2
 
 
 def route_by_name(celery: Celery) -> None:
@@ -486,6 +539,23 @@ def test_coroutines_of_which_the_broker_refuses_some(start: Callable[..., Sender
     accepted = [number for number, result in enumerate(results, 1) if not isinstance(result, BaseException)]
     assert all(isinstance(result, TaskDispatchFailedError) for result in results if isinstance(result, BaseException))
     assert [message.decode()[0][0] for message in sender.taken()] == [0, *accepted] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("ignore_result", [None, True, False])
+def test_a_result_is_made_when_it_is_asked_for(start: Callable[..., Sender], ignore_result: bool | None) -> None:
+    """A handle has its id without Celery's result, which is of the dispatching thread's connections when it is made."""
+    sender = start("memory")
+    call = sender.tasks.configure(sender.letters.write, ignore_result=ignore_result)
+    with ThreadPoolExecutor(1) as threads:
+        handles: list[Any] = threads.submit(call.dispatch_many, [("Ada",), ("Bob",)]).result()
+        theirs = threads.submit(lambda: sender.celery.backend).result()
+    assert [message.headers["id"] for message in sender.taken()] == [handle.task_id for handle in handles]
+    assert not any("_result" in vars(handle) for handle in handles)
+    for handle in handles:
+        assert handle._result is handle._result
+        assert handle._result.id == handle.task_id
+        assert handle._result.backend is theirs
+        assert handle._result.ignored is bool(ignore_result)
 
 
 # A connection that is lost

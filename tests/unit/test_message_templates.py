@@ -1,13 +1,19 @@
 """How arguments are shown: as Celery shows them."""
 
-from typing import Any
+from typing import Any, cast
+from unittest.mock import patch
 
+import pytest
+from celery import Celery
 from celery.utils.saferepr import saferepr
 from hypothesis import example, given
 from hypothesis import strategies as st
+from kombu.exceptions import EncodeError
+from kombu.serialization import dumps, registry
 
-from spakky.plugins.celery.message_templates import to_repr
+from spakky.plugins.celery.message_templates import MessageSeries, MessageTemplate, MessageTemplates, to_repr
 
+TEMPLATES = MessageTemplates(Celery("test", set_as_current=False))
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=40)
 VALUES = st.recursive(
     PLAIN | st.binary(max_size=20) | st.decimals(),
@@ -32,6 +38,40 @@ def test_arguments_are_shown_as_celery_shows_them(args: tuple[Any, ...], longest
 def test_keyword_arguments_are_shown_as_celery_shows_them(kwargs: dict[str, Any], longest: int) -> None:
     """The same for keyword arguments."""
     assert to_repr(kwargs, longest, 3) == saferepr(kwargs, longest, maxlevels=3)
+
+
+@given(st.lists(VALUES, max_size=4).map(tuple), st.dictionaries(st.text(max_size=5), VALUES, max_size=2))
+@example((), {})
+@example((1.5, float("nan"), float("inf"), -0.0, 1e300), {})
+@example((True, 10**4000, "\ud800", "\u2028%s {0}"), {})
+def test_the_body_is_kombus(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """For any arguments the body is, character by character, what kombu makes of them."""
+    series = MessageSeries(cast("MessageTemplate", TEMPLATES.find("task", {})), {}, None, None, "")
+    message = TEMPLATES.fill(series, "an-id", args, kwargs)
+    embedded = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+    assert (*message.content, message.body) == dumps((args, kwargs, embedded), serializer="json")
+
+
+def test_a_number_of_too_many_digits_is_kombus_error() -> None:
+    """What Python writes no digits of is refused as kombu refuses it."""
+    series = MessageSeries(cast("MessageTemplate", TEMPLATES.find("task", {})), {}, None, None, "")
+    with pytest.raises(EncodeError):
+        TEMPLATES.fill(series, "an-id", (10**5000,), {})
+
+
+def test_a_json_of_the_users_own_is_used() -> None:
+    """Where "json" was registered anew, also after the first message, that encodes the arguments."""
+    templates = MessageTemplates(Celery("test", set_as_current=False))
+
+    def make_body() -> str | bytes:
+        series = MessageSeries(cast("MessageTemplate", templates.find("task", {})), {}, None, None, "")
+        return templates.fill(series, "an-id", (1,), {}).body
+
+    kombus = make_body()
+    own = registry._encoders["json"]._replace(encoder=lambda _: "own")
+    with patch.dict(registry._encoders, json=own):
+        assert make_body() == "own"
+    assert make_body() == kombus
 
 
 class Text(str):

@@ -11,7 +11,7 @@ import pytest
 from spakky.plugins.celery import outbox as outbox_module
 from spakky.plugins.celery.batch import Batch
 from spakky.plugins.celery.message_templates import WireMessage
-from spakky.plugins.celery.outbox import Outbox
+from spakky.plugins.celery.outbox import Outbox, Ticket
 from spakky.plugins.celery.publisher import Publisher, PublishTimeoutError
 
 LONG_S = 20.0
@@ -82,8 +82,13 @@ def outbox(publisher: Publisher, broker: Broker) -> Outbox:
 
 async def dispatch(outbox: Outbox, message: Any) -> None:
     with outbox.open() as ticket:
-        await ticket.wait_for_admission()
+        await admission_of(ticket)
         await outbox.post(ticket, cast("WireMessage", message))
+
+
+async def admission_of(ticket: Ticket) -> None:
+    if (admission := ticket.ask_for_admission()) is not None:
+        await admission
 
 
 async def settle() -> None:
@@ -121,7 +126,7 @@ async def test_few_are_under_way_at_a_time(outbox: Outbox, broker: Broker) -> No
 
     async def call(number: int) -> None:
         with outbox.open() as ticket:
-            await ticket.wait_for_admission()
+            await admission_of(ticket)
             admitted.append(number)
             await outbox.post(ticket, cast("WireMessage", number))
 
@@ -215,7 +220,7 @@ async def test_what_posts_nothing_frees_its_place(outbox: Outbox, broker: Broker
     """An admission that ends in an error, again and again, uses nothing up."""
     for _ in range(3 * outbox_module._ADMITTED):
         with suppress(AbruptEnd), outbox.open() as ticket:
-            await ticket.wait_for_admission()
+            await admission_of(ticket)
             raise AbruptEnd
     await dispatch(outbox, "right")
     assert broker.sent == ["right"]

@@ -44,6 +44,10 @@ class Batch:
         """Note that the broker has a message."""
         self.unsent.pop(place, None)
 
+    def note_rest_sent(self) -> None:
+        """Note that the broker has all that are not noted otherwise."""
+        self.unsent.clear()
+
     def note_failed(self, place: int, error: Exception) -> None:
         """Note that a message will not be sent any more."""
         if self.unsent.pop(place, None) is not None:

@@ -13,7 +13,8 @@ from kombu.connection import Connection
 from kombu.messaging import Producer
 
 from spakky.plugins.celery.batch import Batch
-from spakky.plugins.celery.message_templates import MessageTemplate, WireMessage
+from spakky.plugins.celery.message_templates import MessageTemplate, WireMessage, to_transport_message
+from spakky.plugins.celery.redis_text import RedisText
 
 __all__ = ["BrokerLink", "make_link"]
 
@@ -73,7 +74,7 @@ class BrokerLink:
     def _send_one(self, message: WireMessage, **options: Any) -> None:
         channel = self.producer.channel
         channel.basic_publish(
-            _to_transport_message(channel, message),
+            to_transport_message(channel, message),
             exchange=message.template.exchange,
             routing_key=message.template.routing_key,
             **options,
@@ -87,29 +88,49 @@ class BrokerLink:
 class RedisLink(BrokerLink):
     """Sends over this package's Redis transport: one command for each list that messages go to."""
 
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection)
+        self._texts: dict[MessageTemplate, RedisText | None] = {}
+
     @override
     def ends_in(self, timeout_s: float) -> bool:
         return bool(self.producer.channel.answers_in(timeout_s))
 
     @override
     def get_ready_for(self, template: MessageTemplate) -> None:
+        if not self.is_ready_for(template):
+            self._texts.clear()  # a queue that is declared may change how kombu writes messages for it
         super().get_ready_for(template)
         self.producer.channel.open_push()
+
+    @override
+    def revive(self, channel: Any) -> None:
+        super().revive(channel)
+        self._texts.clear()
 
     @override
     def send(self, batch: Batch) -> None:
         commands = _Commands()
         for place, message in batch.unsent.items():
             commands.place = place
-            self._send_one(message, _publish_batch=commands)
+            text = self._find_text(message.template)
+            filled = None if text is None else text.fill(message)
+            if text is None or filled is None:
+                self._send_one(message, _publish_batch=commands)
+            else:
+                commands.add("lpush", text.key, filled)
         batch.note_written(commands.place)
         replies = self.producer.channel.push([command for command, _ in commands.grouped])
         for (_, places), reply in zip(commands.grouped, replies, strict=True):
-            for place in places:
-                if isinstance(reply, Exception):
+            if isinstance(reply, Exception):
+                for place in places:
                     batch.note_failed(place, reply)
-        for place in list(batch.unsent):
-            batch.note_sent(place)
+        batch.note_rest_sent()
+
+    def _find_text(self, template: MessageTemplate) -> RedisText | None:
+        if template not in self._texts:
+            self._texts[template] = RedisText.of(self.producer.channel, template)
+        return self._texts[template]
 
 
 class _Commands:
@@ -181,7 +202,7 @@ class AmqpLink(BrokerLink):
             batch.note_written(place)
             AmqpChannel.basic_publish(  # the channel's own waits for a confirm each time
                 channel,
-                _to_transport_message(channel, message),
+                to_transport_message(channel, message),
                 exchange=template.exchange,
                 routing_key=template.routing_key,
                 timeout=_remaining_s(deadline),
@@ -220,17 +241,6 @@ def make_link(connection: Connection) -> BrokerLink:
     if transport.driver_name == "py-amqp":
         return AmqpLink(connection)
     return BrokerLink(connection)
-
-
-def _to_transport_message(channel: Any, message: WireMessage) -> Any:
-    return channel.prepare_message(
-        message.body,
-        message.template.priority,
-        message.content_type,
-        message.content_encoding,
-        message.headers,
-        message.properties,
-    )
 
 
 def _remaining_s(deadline: float) -> float:

@@ -8,10 +8,13 @@ through ``send_task``.
 
 import os
 import sys
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import cached_property
+from json.encoder import encode_basestring_ascii
+from math import isfinite
+from typing import Any, Final, NamedTuple
 
 from celery import Celery, Task, signals
 from celery.app.amqp import AMQP
@@ -19,9 +22,18 @@ from celery.app.routes import MapRoute, Router
 from celery.utils.saferepr import saferepr
 from kombu.entity import maybe_delivery_mode
 from kombu.messaging import Producer
-from kombu.serialization import dumps
+from kombu.serialization import dumps, registry
+from kombu.utils import json as kombu_json
 
-__all__ = ["MessageTemplate", "MessageTemplates", "WireMessage"]
+__all__ = [
+    "IGNORE_RESULT",
+    "MessageSeries",
+    "MessageTemplate",
+    "MessageTemplates",
+    "WireMessage",
+    "to_json",
+    "to_transport_message",
+]
 
 _MAX_TEMPLATES: Final = 4096
 
@@ -55,6 +67,27 @@ _PUBLISHED: Final = frozenset(
 _FLAT: Final = frozenset({int, bool, float, type(None)})
 
 
+def _to_float_json(value: float) -> str:
+    return float.__repr__(value) if isfinite(value) else str(kombu_json.dumps(value))
+
+
+_PLAIN: Final[Mapping[type, Callable[[Any], str]]] = {
+    str: encode_basestring_ascii,
+    int: int.__repr__,
+    float: _to_float_json,
+    bool: {True: "true", False: "false"}.__getitem__,
+    type(None): {None: "null"}.__getitem__,
+}
+"""Types whose values kombu's JSON writes as any does, with what writes them."""
+
+_JSON: Final = "json"
+_NO_KEYWORDS: Final = f"{{}}, {kombu_json.dumps(_EMBEDDED)}]"
+"""End of the body of a message without keyword arguments."""
+
+IGNORE_RESULT: Final = "ignore_result"
+"""The one header of Celery's that is another for each dispatch."""
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class MessageTemplate:
     """What all messages of one task with the same options have in common."""
@@ -66,6 +99,10 @@ class MessageTemplate:
     routing_key: str
     priority: int
     serializer: str
+    plain_content: tuple[str, str] | None
+    """Type and encoding of a body that kombu's own JSON makes; None where something else makes it."""
+    args_repr_length: int
+    kwargs_repr_length: int
     repr_levels: int
     retry_policy: Mapping[str, Any] | None
     """How a lost connection is dealt with; None: not at all."""
@@ -73,17 +110,78 @@ class MessageTemplate:
     """Queues that must have been declared on a connection before the first message goes over it."""
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclass
+class MessageSeries:
+    """What the messages of one dispatch have in common."""
+
+    template: MessageTemplate
+    headers: Mapping[str, Any]
+    """Headers beside Celery's; they win over Celery's own."""
+    root_id: str | None
+    """None: each message is its own root."""
+    parent_id: str | None
+    reply_to: str
+
+    @cached_property
+    def texts(self) -> "SeriesTexts | None":
+        """What is in the headers and properties of each message, as JSON; None where another of Celery's differs."""
+        more = {name: value for name, value in self.headers.items() if name != IGNORE_RESULT}
+        if not self.template.headers.keys().isdisjoint(more) or IGNORE_RESULT not in self.headers:
+            return None
+        return SeriesTexts(
+            None if self.root_id is None else to_json(self.root_id),
+            to_json(self.parent_id),
+            to_json(self.reply_to),
+            to_json(self.headers[IGNORE_RESULT]),
+            "".join([f", {to_json(name)}: {to_json(value)}" for name, value in more.items()]),
+        )
+
+
+class SeriesTexts(NamedTuple):
+    """JSON of what the messages of a series have in common, and those of others have not."""
+
+    root_id: str | None
+    parent_id: str
+    reply_to: str
+    ignore_result: str
+    more: str
+    """Further headers, each with a comma before it."""
+
+
+@dataclass(slots=True, eq=False)
 class WireMessage:
     """One message, encoded: what is left to do is to send it."""
 
-    template: MessageTemplate
+    series: MessageSeries
     task_id: str
     body: str | bytes
-    content_type: str
-    content_encoding: str
-    headers: dict[str, Any]
-    properties: dict[str, Any]
+    content: tuple[str, str]
+    """Its type and encoding."""
+    args_repr: str
+    kwargs_repr: str
+
+    @property
+    def template(self) -> MessageTemplate:
+        """What it was made from."""
+        return self.series.template
+
+    def make_headers(self) -> dict[str, Any]:
+        """Make its headers, Celery's and those beside them."""
+        series = self.series
+        return {
+            **series.template.headers,
+            "id": self.task_id,
+            "root_id": series.root_id or self.task_id,
+            "parent_id": series.parent_id,
+            "argsrepr": self.args_repr,
+            "kwargsrepr": self.kwargs_repr,
+            **series.headers,
+        }
+
+    def make_properties(self) -> dict[str, Any]:
+        """Make its properties."""
+        series = self.series
+        return {**series.template.properties, "correlation_id": self.task_id, "reply_to": series.reply_to}
 
 
 class MessageTemplates:
@@ -121,45 +219,32 @@ class MessageTemplates:
 
     def fill(
         self,
-        template: MessageTemplate,
+        series: MessageSeries,
+        task_id: str,
         args: tuple[object, ...],
         kwargs: Mapping[str, object],
-        headers: Mapping[str, object],
-        options: Mapping[str, Any],
     ) -> WireMessage:
         """Make one message.
 
         Args:
-            template: What ``find`` has found for these options.
+            series: What it has in common with others of its dispatch.
+            task_id: Id of the task.
             args: Arguments of the task.
             kwargs: Its keyword arguments.
-            headers: Headers beside Celery's; they win over Celery's own.
-            options: Of them ``task_id``, ``reply_to``, ``root_id`` and ``parent_id`` are read.
 
         Raises:
             kombu.exceptions.EncodeError: If the arguments cannot be encoded.
         """
-        task_id = options["task_id"]
-        amqp = self._celery.amqp
+        template = series.template
+        content, body = _make_body(template, args, kwargs)
         levels = template.repr_levels
-        encoded: Any = dumps((args or (), kwargs or {}, _EMBEDDED), serializer=template.serializer)
-        content_type, content_encoding, body = encoded
         return WireMessage(
-            template=template,
-            task_id=task_id,
-            body=body,
-            content_type=content_type,
-            content_encoding=content_encoding,
-            headers={
-                **template.headers,
-                "id": task_id,
-                "root_id": options.get("root_id") or task_id,
-                "parent_id": options.get("parent_id"),
-                "argsrepr": to_repr(args, amqp.argsrepr_maxsize, levels),
-                "kwargsrepr": to_repr(kwargs, amqp.kwargsrepr_maxsize, levels) if kwargs else "{}",
-                **headers,
-            },
-            properties={**template.properties, "correlation_id": task_id, "reply_to": options.get("reply_to") or ""},
+            series,
+            task_id,
+            body,
+            content,
+            to_repr(args, template.args_repr_length, levels),
+            to_repr(kwargs, template.kwargs_repr_length, levels) if kwargs else "{}",
         )
 
     def _is_plain(self) -> bool:
@@ -168,7 +253,7 @@ class MessageTemplates:
             signals.before_task_publish.receivers
             or signals.after_task_publish.receivers
             or signals.task_sent.receivers
-            or self._celery.conf.task_send_sent_event
+            or self._celery.conf["task_send_sent_event"]
         ):
             return False
         source = self._find_source()
@@ -180,17 +265,20 @@ class MessageTemplates:
 
     def _find_source(self) -> tuple[object, ...]:
         """What a template was made by; another one here means that all templates are out of date."""
-        amqp = self._celery.amqp
+        amqp = vars(self._celery).get("amqp") or self._celery.amqp  # kombu's cached properties are slow to ask
         made = vars(amqp)  # Celery makes each of these once, and a test or a user may put another in its place
         return (
             os.getpid(),
             amqp,
+            amqp.argsrepr_maxsize,
+            amqp.kwargsrepr_maxsize,
             made.get("router"),
             made.get("queues"),
             made.get("create_task_message"),
             made.get("send_task_message"),
             type(self._celery).send_task,
             Producer.publish,
+            _find_codec(_JSON),
         )
 
     def _check_stock(self) -> bool:
@@ -224,7 +312,7 @@ class MessageTemplates:
             add_to_parent=False,
             **options,
         )
-        return _to_template(task, recorder.body, recorder.options, self._celery.conf.task_repr_maxlevels)
+        return _to_template(task, recorder.body, recorder.options, self._celery)
 
 
 _MISSING: Final[Any] = object()
@@ -245,7 +333,7 @@ class _Recorder:
         self.body, self.options = body, options
 
 
-def _to_template(task: Task | None, body: Any, published: dict[str, Any], repr_levels: int) -> MessageTemplate | None:
+def _to_template(task: Task | None, body: Any, published: dict[str, Any], celery: Celery) -> MessageTemplate | None:
     """Make a template of what was recorded; None where anything in it is not as it always is."""
     headers = dict(published["headers"])
     places = (
@@ -276,16 +364,58 @@ def _to_template(task: Task | None, body: Any, published: dict[str, Any], repr_l
         routing_key=published["routing_key"],
         priority=published.get("priority", 0),
         serializer=published["serializer"],
-        repr_levels=repr_levels,
+        plain_content=_find_plain_content(published["serializer"]),
+        args_repr_length=celery.amqp.argsrepr_maxsize,
+        kwargs_repr_length=celery.amqp.kwargsrepr_maxsize,
+        repr_levels=celery.conf.task_repr_maxlevels,
         retry_policy=published["retry_policy"] if published["retry"] else None,
         declare=tuple(published["declare"] or ()),
     )
+
+
+def _make_body(
+    template: MessageTemplate, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> tuple[tuple[str, str], str | bytes]:
+    """Encode arguments, those that are plain without what kombu does for others."""
+    if template.plain_content is not None and not kwargs and _PLAIN.keys() >= set(map(type, args)):
+        with suppress(ValueError):  # a number of too many digits, which kombu has an error for
+            return template.plain_content, f"[[{', '.join(map(to_json, args))}], {_NO_KEYWORDS}"
+    encoded: Any = dumps((args or (), kwargs or {}, _EMBEDDED), serializer=template.serializer)
+    return encoded[:2], encoded[2]
+
+
+def _find_codec(serializer: str) -> Any:
+    return registry._encoders.get(serializer)  # noqa: SLF001  # kombu does not tell otherwise whose it is
+
+
+def _find_plain_content(serializer: str) -> tuple[str, str] | None:
+    codec = _find_codec(serializer)
+    if serializer != _JSON or codec is None or codec.encoder is not kombu_json.dumps:
+        return None
+    return codec.content_type, codec.content_encoding
 
 
 def _is_defined_in(function: Any, module: str) -> bool:
     """Whether a function is a module's own: one that wraps it says that it is, and has another module's globals."""
     function = getattr(function, "__func__", function)
     return getattr(function, "__globals__", None) is vars(sys.modules[module])
+
+
+def to_json(value: Any) -> str:
+    """Make JSON of what is plain, as kombu does, which makes a new encoder for each value."""
+    encode = _PLAIN.get(type(value))
+    return str(kombu_json.dumps(value)) if encode is None else encode(value)
+
+
+def to_transport_message(channel: Any, message: WireMessage) -> Any:
+    """Have a kombu channel make its own form of a message."""
+    return channel.prepare_message(
+        message.body,
+        message.template.priority,
+        *message.content,
+        message.make_headers(),
+        message.make_properties(),
+    )
 
 
 def to_repr(value: Any, max_length: int, levels: int) -> str:

@@ -56,13 +56,14 @@ class Ticket:
         """Whether nobody waits any more."""
         return self.waited_for.done()
 
-    async def wait_for_admission(self) -> None:
-        """Wait until a message may be made, in the order in which it was asked for."""
-        if not self.lane.admits_at_once():
-            self.waited_for = self.lane.loop.create_future()
-            self.lane.waiting.append(self)
-            await self.waited_for
-        self._is_admitted = True
+    def ask_for_admission(self) -> "asyncio.Future[None] | None":
+        """Ask to make a message; None: it may be made, else what is to be awaited first, in the order of asking."""
+        if self.lane.admits_at_once():
+            self._is_admitted = True
+            return None
+        self.waited_for = self.lane.loop.create_future()
+        self.lane.waiting.append(self)
+        return self.waited_for
 
     def admit(self) -> bool:
         """Let its coroutine go on, if that still waits."""
@@ -162,12 +163,14 @@ class Outbox:
         lane.add(ticket)
         return ticket
 
-    async def post(self, ticket: Ticket, message: WireMessage) -> None:
-        """Have an admitted message sent, and wait until the broker has it.
+    def post(self, ticket: Ticket, message: WireMessage) -> "asyncio.Future[None]":
+        """Have an admitted message sent; what is returned is to be awaited, until the broker has it.
+
+        The future raises PublishTimeoutError if that takes too long, and what is not under way then is never sent; else
+        what the transport raised.
 
         Raises:
-            PublishTimeoutError: If that has taken too long; what is not under way then is never sent.
-            Exception: What the transport raised.
+            PublishTimeoutError: If the time is over already.
         """
         if time.monotonic() >= ticket.deadline:
             raise PublishTimeoutError
@@ -176,7 +179,7 @@ class Outbox:
         if not lane.posted:
             lane.loop.call_soon(self._collect, lane)
         lane.posted.append(ticket)
-        await ticket.waited_for
+        return ticket.waited_for
 
     def _reset(self) -> None:
         self._pid = os.getpid()
@@ -226,8 +229,9 @@ def _send_tickets(tickets: Sequence[Ticket], send: Callable[[Batch], None]) -> N
     except BaseException as raised:  # noqa: BLE001  # whatever it is belongs to those who wait
         error = raised
     outcomes: dict[Ticket, BaseException | None] = dict.fromkeys(tickets)
-    for place, ticket in enumerate(wanted):
-        outcomes[ticket] = batch.errors.get(place) or (error if place in batch.unsent else None)
+    failed = {**dict.fromkeys(batch.unsent, error), **batch.errors}
+    for place, reason in failed.items():
+        outcomes[wanted[place]] = reason
     for lane in {ticket.lane: None for ticket in tickets}:
         _tell(lane, [(ticket, outcome) for ticket, outcome in outcomes.items() if ticket.lane is lane])
 

@@ -1,11 +1,12 @@
 """Owns ``TaskSender``: checks one call, builds one message, sends it. Runs no task."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from itertools import batched
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, cast
@@ -26,12 +27,13 @@ from spakky.plugins.celery.after_commit import Deferred, find_open
 from spakky.plugins.celery.batch import Batch, BatchProgress
 from spakky.plugins.celery.caller_headers import CallerHeaders
 from spakky.plugins.celery.canvas import Leaf
-from spakky.plugins.celery.codec import codec_of
+from spakky.plugins.celery.codec import TaskCodec, codec_of
 from spakky.plugins.celery.common.celery_options import to_publish_options
 from spakky.plugins.celery.common.constants import SERIALIZER_HEADER
 from spakky.plugins.celery.common.forked_client import renew_after_fork
 from spakky.plugins.celery.common.fresh_ids import make_id
 from spakky.plugins.celery.common.previous import PREVIOUS
+from spakky.plugins.celery.common.result_source import ResultSource, is_ignored
 from spakky.plugins.celery.common.task_catalog import TaskCatalog
 from spakky.plugins.celery.common.task_method import BoundTask, TaskMethod
 from spakky.plugins.celery.common.task_result import CeleryTaskResult
@@ -45,7 +47,7 @@ from spakky.plugins.celery.error import (
     TaskNotEncodableError,
 )
 from spakky.plugins.celery.instrumentation.auth_decisions import AuthDecisionRecord
-from spakky.plugins.celery.message_templates import MessageTemplate, MessageTemplates, WireMessage
+from spakky.plugins.celery.message_templates import IGNORE_RESULT, MessageSeries, MessageTemplates, WireMessage
 from spakky.plugins.celery.options import (
     merge_options,
     unknown_queue,
@@ -94,27 +96,55 @@ class _Arguments(NamedTuple):
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class _Envelope:
-    """What one message needs besides its arguments, taken from the caller's thread and context."""
+class _Dispatch:
+    """What the messages of one dispatch have in common, taken from the caller's thread and context."""
 
     method: TaskMethod
-    args: tuple[object, ...]
-    kwargs: dict[str, object]
     headers: dict[str, str]
-    options: dict[str, object]
+    options: dict[str, Any]
     ignore_result: bool | None
     """Whether the result is dropped; None: as the task has it."""
     reply_queue: Queue | None
     """Where rpc:// results of the caller's thread go."""
-    task_id: str
     deadline: float
     """Monotonic time after which the caller has been told that it failed, so that it must not be sent any more."""
+    decision: AuthDecisionRecord | None
+    """That the caller may dispatch this, still without an id; None where nobody had to decide."""
+    series: MessageSeries | None = None
+    """What the messages are made from; None: what Celery makes of each."""
+
+
+@dataclass(slots=True, eq=False)
+class _Envelope:
+    """What one message needs."""
+
+    dispatch: _Dispatch
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    options: dict[str, Any]
+    """Those of the dispatch, and what this message has beside them."""
+    task_id: str
     message: WireMessage | None
     """What goes over the wire; None: what Celery makes of this."""
     before: tuple[Callable[[], None], ...] = ()
     """What is done just before it is sent."""
-    decision: AuthDecisionRecord | None = None
-    """That the caller may dispatch this, still without an id; None where nobody had to decide."""
+
+
+class _Translation:
+    """A context manager; one that ``contextmanager`` makes takes three times as long."""
+
+    __slots__ = ("_dispatch", "_translate")
+
+    def __init__(self, translate: Callable[[_Dispatch, BaseException], None], dispatch: _Dispatch) -> None:
+        self._translate = translate
+        self._dispatch = dispatch
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self._translate(self._dispatch, error)
 
 
 @dataclass(kw_only=True)
@@ -134,6 +164,8 @@ class TaskSender:
         self._producers = ProducerConnections(self.celery, self._timeout_s)
         self._publisher = Publisher(self._producers.limit if self.catalog is not None else 1)
         self._templates = MessageTemplates(self.celery)
+        self._last_series: MessageSeries | None = None
+        """Dispatches one after the other of one caller have the same, whose JSON is made once."""
         self._prepared = PreparedDispatch(self._producers, self._publisher)
         self._outbox = Outbox(
             self._publisher, lambda batch: self._prepared.send(batch, self._timeout_s), self._timeout_s
@@ -163,13 +195,13 @@ class TaskSender:
         """
         envelope = self._prepare(bound, args, kwargs, options)
         if self._defer([envelope], options) or self._divert([envelope]):
-            return self._to_handle(self._make_result(envelope), envelope)
-        with self._translating(envelope):
+            return self._make_handle(envelope)
+        with self._translating(envelope.dispatch):
             if envelope.message is None:
                 result = self._publisher.call(partial(self._publish, envelope), self._timeout_s)
                 return self._to_handle(result, envelope)
             self._prepared.publish(envelope.message, self._timeout_s)
-        return self._to_handle(self._make_result(envelope), envelope)
+        return self._make_handle(envelope)
 
     async def send_async(
         self,
@@ -183,21 +215,22 @@ class TaskSender:
             envelope = self._prepare(bound, args, kwargs, options)
             if not self._defer([envelope], options):
                 await self._divert_async([envelope])
-            return self._to_handle(self._make_result(envelope), envelope)
+            return self._make_handle(envelope)
         with self._outbox.open() as ticket:
             try:
-                await ticket.wait_for_admission()
+                if (admission := ticket.ask_for_admission()) is not None:
+                    await admission
             except PublishTimeoutError:
                 raise self._to_timeout_error(bound.method) from None
             envelope = self._prepare(bound, args, kwargs, options)
             if self._defer([envelope], options):
-                return self._to_handle(self._make_result(envelope), envelope)
-            with self._translating(envelope):
+                return self._make_handle(envelope)
+            with self._translating(envelope.dispatch):
                 if envelope.message is None:
                     publish = partial(self._publish, envelope)
                     return self._to_handle(await self._publisher.call_async(publish, self._timeout_s), envelope)
                 await self._outbox.post(ticket, envelope.message)
-            return self._to_handle(self._make_result(envelope), envelope)
+            return self._make_handle(envelope)
 
     def send_many(
         self,
@@ -221,7 +254,7 @@ class TaskSender:
         envelopes = self._prepare_many(bound, calls, options)
         if not self._defer(envelopes, options):
             self.send_deferred(envelopes)
-        return self._to_handles(envelopes)
+        return self._make_handles(envelopes)
 
     async def send_many_async(
         self,
@@ -233,7 +266,7 @@ class TaskSender:
         envelopes = self._prepare_many(bound, calls, options)
         if not self._defer(envelopes, options):
             await self.send_deferred_async(envelopes)
-        return self._to_handles(envelopes)
+        return self._make_handles(envelopes)
 
     def send_deferred(self, envelopes: Sequence[_Envelope]) -> None:
         """Send what was prepared before, in order."""
@@ -263,9 +296,12 @@ class TaskSender:
         """Make of a message what workers send later: they know whose child it is then."""
         options = {name: value for name, value in message.options.items() if name not in _LINEAGE}
         moments = {name: value.isoformat() for name, value in options.items() if isinstance(value, datetime)}
-        headers = {**message.headers, "ignore_result": message.ignore_result}
+        dispatch = message.dispatch
+        headers = {**dispatch.headers, IGNORE_RESULT: dispatch.ignore_result}
         options |= {**moments, "task_id": message.task_id, "headers": headers}
-        return cast("dict[str, Any]", self.celery.signature(message.method.name, message.args, message.kwargs, options))
+        return cast(
+            "dict[str, Any]", self.celery.signature(dispatch.method.name, message.args, message.kwargs, options)
+        )
 
     def to_result(self, message: _Envelope, parent: Any) -> AsyncResult:
         """Make Celery's result of a message, after that of the one before."""
@@ -289,7 +325,7 @@ class TaskSender:
                 backend.set_chord_size(group.id, len(group.results))
             except Exception as error:
                 reason = self._producers.mask(str(error) or type(error).__name__)
-                raise TaskDispatchFailedError(message.method.name, "the result back end", reason) from error
+                raise TaskDispatchFailedError(message.dispatch.method.name, "the result back end", reason) from error
 
         return replace(message, before=(tell, *message.before), message=None)
 
@@ -303,7 +339,7 @@ class TaskSender:
             raise TaskCompositionError(body.name, reason, instead) from None
         for leaf in header:
             options = merge_options(leaf.bound.method.options, leaf.options)
-            if _is_ignored(options.get("ignore_result"), self.celery):
+            if is_ignored(options.get("ignore_result"), self.celery):
                 reason, instead = f"{leaf.name} drops its result", "Configure that call with ignore_result=False."
                 raise TaskCompositionError(body.name, reason, instead)
 
@@ -348,65 +384,69 @@ class TaskSender:
         kwargs: dict[str, object],
         call_options: Mapping[str, Any],
     ) -> _Envelope:
-        arguments = self._encode(bound.method, args, kwargs)
-        common = self._open(bound, call_options)
-        with self._translating(common):
-            return self._fill(common, self._find_template(common), arguments)
+        codec = self._find_codec(bound.method)
+        arguments = _encode(codec, args, kwargs)
+        dispatch = self._open(bound, call_options)
+        with self._translating(dispatch):
+            return self._fill(dispatch, arguments)
 
-    def _encode(self, method: TaskMethod, args: tuple[object, ...], kwargs: dict[str, object]) -> _Arguments:
-        """Check the arguments of one message, and make wire values of them."""
+    def _find_codec(self, method: TaskMethod) -> TaskCodec:
         if self.catalog is not None:
             self.catalog.check_registered(method)
-        codec = codec_of(method)
-        wire_args, wire_kwargs = codec.encode_arguments(args, kwargs)
-        if wire_args and wire_args[0] is PREVIOUS:
-            wire_args = wire_args[1:]
-        return _Arguments(wire_args, wire_kwargs, codec.masked_reprs(args, kwargs))
+        return codec_of(method)
 
-    def _open(self, bound: BoundTask, call_options: Mapping[str, Any]) -> _Envelope:
-        """Make what the messages of one dispatch have in common, without arguments."""
+    def _open(self, bound: BoundTask, call_options: Mapping[str, Any]) -> _Dispatch:
+        """Make what the messages of one dispatch have in common."""
         method = bound.method
-        options = merge_options(method.options, call_options)
+        options, publish_options = _merge(method, call_options) if call_options else _own_options(method)
         headers = self.caller.make(bound)
         if call_options.get("serializer") is not None:
             headers[SERIALIZER_HEADER] = str(call_options["serializer"])
-        publish_options = to_publish_options(options)
         self.caller.warn_of_late(method, headers, publish_options)
-        return _Envelope(
+        dispatch = _Dispatch(
             method=method,
-            args=(),
-            kwargs={},
             headers=headers,
             options=self._make_lineage() | publish_options,
             ignore_result=options.get("ignore_result"),
             reply_queue=self._find_reply_queue(),
-            task_id="",
             deadline=time.monotonic() + self._timeout_s,
-            message=None,
             decision=self.caller.find_decision(method, headers),
         )
+        with self._translating(dispatch):
+            dispatch.series = self._open_series(dispatch)
+        return dispatch
 
-    def _fill(self, common: _Envelope, template: MessageTemplate | None, arguments: _Arguments) -> _Envelope:
-        """Make the envelope of one message, and the message itself where there is a template."""
-        envelope = _Envelope(
-            method=common.method,
-            args=arguments.args,
-            kwargs=arguments.kwargs,
-            headers=common.headers,
-            options=common.options | arguments.reprs if arguments.reprs else common.options,
-            ignore_result=common.ignore_result,
-            reply_queue=common.reply_queue,
-            task_id=make_id(),
-            deadline=common.deadline,
-            message=None,
+    def _open_series(self, dispatch: _Dispatch) -> MessageSeries | None:
+        """Begin messages that are made without Celery's help; None where that cannot be sure to make the same."""
+        if not self._is_preparing or self.outlet is not None or dispatch.reply_queue is not None:
+            return None
+        options = dispatch.options
+        template = self._templates.find(dispatch.method.name, options) if _are_small(dispatch.headers) else None
+        if template is None:
+            return None
+        series = MessageSeries(
+            template,
+            {**dispatch.headers, IGNORE_RESULT: dispatch.ignore_result},
+            options.get("root_id"),
+            options.get("parent_id"),
+            options.get("reply_to") or "",
         )
-        if common.decision is not None:
-            self.caller.tell_allowed(common.decision, envelope.task_id)
-        if template is not None and not arguments.reprs:
-            headers = {**common.headers, "ignore_result": common.ignore_result}
-            options = {**common.options, "task_id": envelope.task_id}
-            envelope.message = self._templates.fill(template, arguments.args, arguments.kwargs, headers, options)
-        return envelope
+        last = self._last_series
+        if series == last:
+            return last
+        self._last_series = series
+        return series
+
+    def _fill(self, dispatch: _Dispatch, arguments: _Arguments) -> _Envelope:
+        """Make the envelope of one message, and the message itself where it can be made here."""
+        args, kwargs, reprs = arguments
+        task_id, message = make_id(), None
+        if dispatch.decision is not None:
+            self.caller.tell_allowed(dispatch.decision, task_id)
+        if dispatch.series is not None and not reprs:
+            message = self._templates.fill(dispatch.series, task_id, args, kwargs)
+        options = dispatch.options | reprs if reprs else dispatch.options
+        return _Envelope(dispatch, args, kwargs, options, task_id, message)
 
     def _prepare_many(
         self,
@@ -415,22 +455,27 @@ class TaskSender:
         options: Mapping[str, Any],
     ) -> list[_Envelope]:
         envelopes: list[_Envelope] = []
-        common = template = None
-        for position, args in enumerate(calls):
-            try:
-                arguments = self._encode(bound.method, args, {})
-                if common is None:
-                    common = self._open(bound, options)
-                    with self._translating(common):
-                        template = self._find_template(common)
-                with self._translating(common):
-                    envelope = self._fill(common, template, arguments)
-                self._check_encodable(envelope)
-            except AbstractSpakkyCeleryError as error:
-                error.add_note(f"It is call {position} of the batch, counted from 0; none was sent.")
-                raise
-            envelopes.append(envelope)
+        remaining = deque(calls)
+        if not remaining:
+            return envelopes
+        try:
+            codec = self._find_codec(bound.method)
+            arguments = _encode(codec, remaining.popleft(), {})
+            dispatch = self._open(bound, options)
+            with self._translating(dispatch):
+                envelopes.append(self._fill_checked(dispatch, arguments))
+                for args in remaining:
+                    envelopes.append(self._fill_checked(dispatch, _encode(codec, args, {})))  # noqa: PERF401  # they are counted
+        except AbstractSpakkyCeleryError as error:
+            error.add_note(f"It is call {len(envelopes)} of the batch, counted from 0; none was sent.")
+            raise
         return envelopes
+
+    def _fill_checked(self, dispatch: _Dispatch, arguments: _Arguments) -> _Envelope:
+        envelope = self._fill(dispatch, arguments)
+        if envelope.message is None:
+            self._check_encodable(envelope)
+        return envelope
 
     def _check_all_encodable(self, envelopes: Sequence[_Envelope]) -> None:
         for envelope in envelopes:
@@ -440,7 +485,7 @@ class TaskSender:
         if envelope.message is not None:
             return
         serializer = str(envelope.options.get("serializer") or self.celery.conf.task_serializer)
-        with self._translating(envelope):
+        with self._translating(envelope.dispatch):
             dumps((envelope.args, envelope.kwargs, envelope.options.get("chain")), serializer=serializer)
 
     def _defer(self, envelopes: Sequence[_Envelope], options: Mapping[str, Any]) -> bool:
@@ -453,7 +498,7 @@ class TaskSender:
 
     def publish_to(self, celery: Celery, envelope: _Envelope) -> None:
         """Send one message through another Celery app, for an outlet; blocking, and without a timeout."""
-        with self._translating(envelope):
+        with self._translating(envelope.dispatch):
             for step in envelope.before:
                 step()
             self._send_task(celery, envelope, envelope.options)
@@ -485,7 +530,7 @@ class TaskSender:
         try:
             yield
         except PublishTimeoutError:
-            error = self._to_timeout_error(envelopes[0].method)
+            error = self._to_timeout_error(envelopes[0].dispatch.method)
             incomplete = self._to_incomplete(envelopes, progress, error)
             raise incomplete from None if incomplete is error else error
         except Exception as error:
@@ -496,7 +541,9 @@ class TaskSender:
             return error
         reason = getattr(error, "reason", None) or str(error).partition("\n")[0]
         unknown = progress.count_unknown(error)
-        return TaskBatchIncompleteError(envelopes[0].method.name, len(envelopes), progress.sent, unknown, reason)
+        return TaskBatchIncompleteError(
+            envelopes[0].dispatch.method.name, len(envelopes), progress.sent, unknown, reason
+        )
 
     def _make_lineage(self) -> dict[str, object]:
         """Read here what Celery reads from thread-local state, which the publishing thread does not have."""
@@ -523,48 +570,45 @@ class TaskSender:
     def _is_preparing(self) -> bool:
         return self.catalog is not None and bool(self.celery.conf.get(PREPARED_DISPATCH_SETTING, True))
 
-    def _find_template(self, common: _Envelope) -> MessageTemplate | None:
-        """Find what makes messages without Celery's help, or None where that cannot be sure to make the same."""
-        if not self._is_preparing or self.outlet is not None or common.reply_queue is not None:
-            return None
-        return self._templates.find(common.method.name, common.options) if _are_small(common.headers) else None
-
     def _to_handle(self, result: AsyncResult, envelope: _Envelope) -> CeleryTaskResult[Any]:
         """Wrap a result, to be waited for over the connections of the caller's thread: Celery has some per thread."""
         if isinstance(result, AsyncResult):
             result.backend = self._results.backend
-        handle = CeleryTaskResult if self.outlet is None else self.outlet.handle
-        return handle.typed(result, codec_of(envelope.method).decode_result)
+        return self._handle.typed(result, codec_of(envelope.dispatch.method).decode_result)
 
-    def _to_handles(self, envelopes: Sequence[_Envelope]) -> list[CeleryTaskResult[Any]]:
-        is_ignored = bool(envelopes) and _is_ignored(envelopes[0].ignore_result, self.celery)
-        celery, backend = self._results, self._results.backend
-        handle = CeleryTaskResult if self.outlet is None else self.outlet.handle
-        results = [celery.AsyncResult(envelope.task_id, backend=backend) for envelope in envelopes]
-        for result in results:
-            result.ignored = is_ignored
-        return [
-            handle.typed(result, codec_of(envelope.method).decode_result)
-            for envelope, result in zip(envelopes, results, strict=True)
-        ]
+    def _make_handle(self, envelope: _Envelope) -> CeleryTaskResult[Any]:
+        return self._handle.of(envelope.task_id, self._find_results(envelope.dispatch))
+
+    def _make_handles(self, envelopes: Sequence[_Envelope]) -> list[CeleryTaskResult[Any]]:
+        if not envelopes:
+            return []
+        results, make = self._find_results(envelopes[0].dispatch), self._handle.of
+        return [make(envelope.task_id, results) for envelope in envelopes]
+
+    @property
+    def _handle(self) -> type[CeleryTaskResult[Any]]:
+        return CeleryTaskResult if self.outlet is None else self.outlet.handle
+
+    def _find_results(self, dispatch: _Dispatch) -> ResultSource:
+        """Find where results are, to be asked for over the connections of this thread."""
+        celery = self._results
+        return ResultSource(celery, celery.backend, dispatch.ignore_result, codec_of(dispatch.method).decode_result)
 
     def _make_result(self, envelope: _Envelope) -> AsyncResult:
-        result = self._results.AsyncResult(envelope.task_id)
-        result.ignored = _is_ignored(envelope.ignore_result, self.celery)
-        return result
+        return self._find_results(envelope.dispatch).make(envelope.task_id)
 
     def _publish(self, envelope: _Envelope) -> AsyncResult:
         if self.catalog is None:
             options: dict[str, Any] = envelope.options
             return self.celery.send_task(
-                envelope.method.name,
+                envelope.dispatch.method.name,
                 args=envelope.args,
                 kwargs=envelope.kwargs,
-                headers=envelope.headers,
+                headers=envelope.dispatch.headers,
                 **options,
             )
-        with self._translating(envelope), self._producers.acquire(self._timeout_s) as link:
-            return self._publish_with(link.producer, envelope)
+        with self._translating(envelope.dispatch), self._producers.acquire(self._timeout_s) as link:
+            return self._publish_with(link.producer, envelope, envelope.dispatch.deadline)
 
     def _publish_batch(self, envelopes: Sequence[_Envelope], progress: BatchProgress, deadline: float) -> None:
         messages = [envelope.message for envelope in envelopes if envelope.message is not None]
@@ -573,79 +617,78 @@ class TaskSender:
             progress.follow(batch)
             self._publish_prepared(envelopes, batch)
             return
-        with self._translating(envelopes[0]), self._producers.acquire(self._timeout_s) as link:
+        with self._translating(envelopes[0].dispatch), self._producers.acquire(self._timeout_s) as link:
             for envelope in envelopes:
-                with self._translating(envelope), progress.sending():
-                    self._publish_with(link.producer, replace(envelope, deadline=deadline))
+                with self._translating(envelope.dispatch), progress.sending():
+                    self._publish_with(link.producer, envelope, deadline)
 
     def _publish_prepared(self, envelopes: Sequence[_Envelope], batch: Batch) -> None:
-        with self._translating(envelopes[0]):
+        with self._translating(envelopes[0].dispatch):
             self._prepared.send(batch, self._timeout_s)
         for place, error in sorted(batch.errors.items()):
-            with self._translating(envelopes[place]):
+            with self._translating(envelopes[place].dispatch):
                 raise error
 
-    @contextmanager
-    def _translating(self, envelope: _Envelope) -> Iterator[None]:
+    def _translating(self, dispatch: _Dispatch) -> "_Translation":
         """Raise what the hosts raise as errors of this package."""
-        try:
-            yield
-        except TaskDispatchTimeoutError:
-            raise
-        except PublishTimeoutError:
-            raise self._to_timeout_error(envelope.method) from None
-        except QueueNotFound:
-            raise unknown_queue(envelope.method.name, str(envelope.options.get("queue"))) from None
-        except _TRANSPORT_ERRORS as error:
-            if isinstance(error, AbstractSpakkyCeleryError):
-                raise
-            raise self._to_dispatch_error(envelope, error) from error
+        return _Translation(self._translate, dispatch)
 
-    def _publish_with(self, producer: Producer, envelope: _Envelope) -> AsyncResult:
-        options: dict[str, Any] = dict(envelope.options)
+    def _translate(self, dispatch: _Dispatch, error: BaseException) -> None:
+        if isinstance(error, TaskDispatchTimeoutError):
+            return
+        if isinstance(error, PublishTimeoutError):
+            raise self._to_timeout_error(dispatch.method) from None
+        if isinstance(error, QueueNotFound):
+            raise unknown_queue(dispatch.method.name, str(dispatch.options.get("queue"))) from None
+        if isinstance(error, _TRANSPORT_ERRORS) and not isinstance(error, AbstractSpakkyCeleryError):
+            raise self._to_dispatch_error(dispatch, error) from error
+
+    def _publish_with(self, producer: Producer, envelope: _Envelope, deadline: float) -> AsyncResult:
+        options, dispatch = dict(envelope.options), envelope.dispatch
         if self._producers.is_amqp:
-            self._check_header_size(producer, envelope)
+            self._check_header_size(producer, dispatch)
             options["confirm_timeout"] = self._timeout_s
-        if envelope.reply_queue is not None:
-            maybe_declare(envelope.reply_queue(producer.channel), retry=True)
+        if dispatch.reply_queue is not None:
+            maybe_declare(dispatch.reply_queue(producer.channel), retry=True)
         for step in envelope.before:
             step()
-        if time.monotonic() > envelope.deadline:
-            raise self._to_timeout_error(envelope.method)
+        if time.monotonic() > deadline:
+            raise self._to_timeout_error(dispatch.method)
         result = self._send_task(self.celery, envelope, options | {"producer": producer})
-        result.ignored = _is_ignored(envelope.ignore_result, self.celery)
+        result.ignored = is_ignored(dispatch.ignore_result, self.celery)
         return result
 
     def _send_task(self, celery: Celery, envelope: _Envelope, options: Mapping[str, Any]) -> AsyncResult:
         # Celery subscribes to the result before it publishes, so a result back end that is down fails every publish,
         # after 19 s, even if nobody reads results. With ignore_result it does not, and the header takes it back for
         # the worker. A waiting result subscribes by itself; only the reply queue of rpc:// must be there before.
+        dispatch = envelope.dispatch
         return celery.send_task(
-            envelope.method.name,
+            dispatch.method.name,
             args=envelope.args,
             kwargs=envelope.kwargs,
-            headers={**envelope.headers, "ignore_result": envelope.ignore_result},
+            headers={**dispatch.headers, IGNORE_RESULT: dispatch.ignore_result},
             ignore_result=True,
             task_id=envelope.task_id,
             add_to_parent=False,
             **options,
         )
 
-    def _check_header_size(self, producer: Producer, envelope: _Envelope) -> None:
+    def _check_header_size(self, producer: Producer, dispatch: _Dispatch) -> None:
         """Refuse headers over the frame limit: the broker drops such a message and closes the connection."""
         limit = producer.channel.connection.frame_max - _CELERY_HEADERS_RESERVE
-        size = len(dumps_amqp("F", [envelope.headers]))
+        size = len(dumps_amqp("F", [dispatch.headers]))
         if size > limit:
-            raise TaskMessageTooLargeError(envelope.method.name, size, limit)
+            raise TaskMessageTooLargeError(dispatch.method.name, size, limit)
 
-    def _to_dispatch_error(self, envelope: _Envelope, error: Exception) -> Exception:
-        name = envelope.method.name
+    def _to_dispatch_error(self, dispatch: _Dispatch, error: Exception) -> Exception:
+        name = dispatch.method.name
         if isinstance(error, EncodeError):
-            serializer = str(envelope.options.get("serializer") or self.celery.conf.task_serializer)
+            serializer = str(dispatch.options.get("serializer") or self.celery.conf.task_serializer)
             return TaskNotEncodableError(name, serializer, str(error))
         timed_out = isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError)
-        if timed_out or time.monotonic() >= envelope.deadline:  # redis-py's timeouts are no TimeoutError
-            return self._to_timeout_error(envelope.method)
+        if timed_out or time.monotonic() >= dispatch.deadline:  # redis-py's timeouts are no TimeoutError
+            return self._to_timeout_error(dispatch.method)
         reason = str(error) or type(error).__name__
         return TaskDispatchFailedError(name, self._producers.broker, self._producers.mask(reason))
 
@@ -660,10 +703,26 @@ class TaskSender:
         return float(self.celery.conf.get(PUBLISH_TIMEOUT_SETTING) or _DEFAULT_PUBLISH_TIMEOUT_S)
 
 
-def _is_ignored(option: bool | None, celery: Celery) -> bool:
-    return bool(celery.conf.task_ignore_result) if option is None else option
-
-
 def _are_small(headers: Mapping[str, str]) -> bool:
     """Whether headers fit into any frame, so that nobody need measure them."""
     return sum(map(len, headers.values())) < _SMALL_HEADERS
+
+
+def _merge(method: TaskMethod, call_options: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, object]]:
+    """Give the options of a call, and what they are for Celery."""
+    options = merge_options(method.options, call_options)
+    return options, to_publish_options(options)
+
+
+@lru_cache(maxsize=4096)
+def _own_options(method: TaskMethod) -> tuple[Mapping[str, Any], dict[str, object]]:
+    """Give those of a call that has none of its own; not to be changed."""
+    return _merge(method, _NO_OPTIONS)
+
+
+def _encode(codec: TaskCodec, args: tuple[object, ...], kwargs: dict[str, object]) -> _Arguments:
+    """Check the arguments of one message, and make wire values of them."""
+    wire_args, wire_kwargs = codec.encode_arguments(args, kwargs)
+    if wire_args and wire_args[0] is PREVIOUS:
+        wire_args = wire_args[1:]
+    return _Arguments(wire_args, wire_kwargs, codec.masked_reprs(args, kwargs))

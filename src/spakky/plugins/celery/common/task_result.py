@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, Final, Self, TypeVar, cast, override
 
 import celery.exceptions
@@ -17,6 +18,7 @@ from spakky.task.interfaces.task_result import ITaskResult
 
 from spakky.plugins.celery.common.progress import Progress, to_last_progress_id
 from spakky.plugins.celery.common.remote_errors import to_local_error
+from spakky.plugins.celery.common.result_source import ResultSource
 from spakky.plugins.celery.common.result_waiter import pause_s, wait_for
 from spakky.plugins.celery.error import (
     TaskResultTimeoutError,
@@ -76,6 +78,7 @@ class CeleryTaskResult(ITaskResult[T]):
     """
 
     _decode: Callable[[object], object] | None = None
+    _source: ResultSource
 
     def __init__(self, result: AsyncResult) -> None:
         """Wrap a Celery result.
@@ -84,6 +87,19 @@ class CeleryTaskResult(ITaskResult[T]):
             result: What Celery's ``send_task`` returned.
         """
         self._result = result
+        self._task_id = cast("str", result.id)
+
+    @classmethod
+    def of(cls, task_id: str, source: ResultSource) -> Self:
+        """Make a handle whose Celery result is made when it is asked for: nobody asks for that of most tasks."""
+        handle = cls.__new__(cls)
+        handle._hold(task_id, source)  # noqa: SLF001  # its own
+        return handle
+
+    def _hold(self, task_id: str, source: ResultSource) -> None:
+        self._task_id = task_id
+        self._source = source
+        self._decode = source.decode
 
     @classmethod
     def typed(cls, result: AsyncResult, decode: Callable[[object], object]) -> Self:
@@ -101,7 +117,7 @@ class CeleryTaskResult(ITaskResult[T]):
     @override
     def task_id(self) -> str:
         """Id of the task, as Celery's events and commands show it."""
-        return cast("str", self._result.id)
+        return self._task_id
 
     @property
     def state(self) -> TaskState:
@@ -273,6 +289,10 @@ class CeleryTaskResult(ITaskResult[T]):
     @override
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.task_id!r})"
+
+    @cached_property
+    def _result(self) -> AsyncResult:
+        return self._source.make(self._task_id)
 
     @property
     def _backend(self) -> Any:

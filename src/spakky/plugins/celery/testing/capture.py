@@ -167,9 +167,10 @@ class _CaptureOutlet:
             sender.publish_to(self.celery, message)
             (sent,) = _SENT.get()
             args, kwargs, embedded = sent.payload
-            options = {**message.options, "ignore_result": message.ignore_result}
+            dispatch = message.dispatch
+            options = {**message.options, "ignore_result": dispatch.ignore_result}
             later = [_to_call(signature) for signature in _followers(embedded)]
-            first = _Call(message.method.name, message.task_id, args, kwargs, options, message.headers)
+            first = _Call(dispatch.method.name, message.task_id, args, kwargs, options, dispatch.headers)
             self.captured.add(_to_captured([first, *later], methods))
 
 
