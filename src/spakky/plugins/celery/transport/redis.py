@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 _BATCH: Final = 50
 """Most messages that are taken at once: a worker's loop does nothing else while it accepts them."""
 
+_BATCH_BYTES: Final = 1_000_000
+"""No more are taken after so many bytes: Redis does nothing else meanwhile, and the worker holds all of them."""
+
 _REFUSED_S: Final = 1.0
 """Time between two looks at queues that Redis does not let this user, or anybody, wait on."""
 
@@ -36,19 +39,29 @@ _LONGEST_REST_S: Final = 0.05
 """Time for which a worker that others were faster than does not wait for messages: twice that of the time before, and
 at most so long. Redis wakes all that wait for each message, and who took the last one waits for the next at once."""
 
-_TAKE: Final = """
-local limit, now, width = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
+_TAKE: Final = r"""
+local function decode(raw)
+  local body = #raw > 4000 and string.match(raw, '^{"body": ?"()')
+  local quote = body and string.find(raw, '"', body, true)
+  local escape = quote and string.find(raw, '\\', body, true)
+  if quote and (not escape or escape > quote) then
+    raw = '{"body":"' .. string.sub(raw, quote)
+  end
+  return cjson.decode(raw)
+end
+local limit, now, width, bytes = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local taken, count = {}, 0
 for first = 3, #KEYS, width do
   local found = true
   while found and count < limit do
     found = false
     for key = first, first + width - 1 do
-      local raw = count < limit and redis.call('RPOP', KEYS[key])
+      local raw = count < limit and bytes > 0 and redis.call('RPOP', KEYS[key])
       if raw then
         found = true
         count = count + 1
-        local ok, message = pcall(cjson.decode, raw)
+        bytes = bytes - #raw
+        local ok, message = pcall(decode, raw)
         local properties = ok and type(message) == 'table' and message.properties
         local tag = type(properties) == 'table' and properties.delivery_tag
         local delivery = type(properties) == 'table' and properties.delivery_info
@@ -74,9 +87,13 @@ return taken
 """
 """Moves up to ARGV[1] messages from the lists KEYS[3..] into ``unacked`` KEYS[1] and its index KEYS[2].
 
-The lists are ordered as BRPOP would try them; among ARGV[3] neighbours one is taken from each in turn. The answer
-has for each message the number of its list, itself, and its tag. One that no worker could ever read is moved aside, its
-list negative.
+None after the one with which they are ARGV[4] bytes or more. The lists are ordered as BRPOP would try them; among
+ARGV[3] neighbours one is taken from each in turn. The answer has for each message the number of its list, itself, and
+its tag. One that no worker could ever read is moved aside, its list negative.
+
+A large message is decoded without its body, which kombu writes first: where a text starts so, all up to the next quote
+is in one string of JSON, if there is no backslash before it, and reads the same with nothing in that string. What is no
+JSON for Python in there is put aside by the worker.
 """
 
 _ASIDE: Final = ".undecodable"
@@ -306,7 +323,7 @@ class Channel(stock.Channel):
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
-        self._is_drained = len(taken) < 3 * limit
+        self._is_drained = len(taken) < 3 * limit and sum(map(len, taken[1::3])) < _BATCH_BYTES
         if taken:
             self._misses = 0
         elif self._is_woken:
@@ -336,7 +353,7 @@ class Channel(stock.Channel):
         keys = [self.global_keyprefix + key for key in (self.unacked_key, self.unacked_index_key, *self._lists)]
         self._in_poll = self.client.connection
         self._brpop_sent_at = time.monotonic()
-        self._in_poll.send_command("EVAL", _TAKE, len(keys), *keys, self._limit, time.time(), width)
+        self._in_poll.send_command("EVAL", _TAKE, len(keys), *keys, self._limit, time.time(), width, _BATCH_BYTES)
 
     def _queue_lists(self) -> list[str]:
         queues = self._queue_cycle.consume(len(self.active_queues))
