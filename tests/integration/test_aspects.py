@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from spakky.core.aop.pointcut import After, AfterRaising, AfterReturning, Around
 from spakky.core.application.application import SpakkyApplication
 from spakky.core.common.annotation import FunctionAnnotation
 from spakky.core.pod.annotations.order import Order
+from spakky.core.pod.annotations.pod import Pod
 from spakky.task import TaskHandler, task
 
 from support.fixtures import celery_of
@@ -121,3 +123,20 @@ def test_another_aspect_runs_around_the_body(start: Callable[[str], SpakkyApplic
     assert result.state == ("FAILURE" if fails else "SUCCESS")
     expected = [advice, "body"] if advice in {"before", "around"} else ["body", advice]
     assert expected == SEEN
+
+
+@Pod()
+class Lookup:
+    """A Pod without tasks, and a member that takes its time."""
+
+    @cached_property
+    def table(self) -> dict[str, str]:
+        SEEN.append("table")
+        return {}
+
+
+def test_members_of_pods_without_tasks_are_not_read() -> None:
+    """The host reads every member of every Pod for each aspect that does not say itself what it is for."""
+    SEEN.clear()
+    build(Lookup, Watchful).start().stop()
+    assert SEEN == []

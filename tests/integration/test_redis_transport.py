@@ -136,9 +136,10 @@ def test_each_restores_what_the_other_took(scene: Scene, taker: str, restorer: s
     assert all(message.delivery_info["redelivered"] for message in found.messages)
 
 
-def test_an_unacknowledged_message_is_noted_as_by_kombu(scene: Scene) -> None:
+@pytest.mark.parametrize("text", ["text", "large" * 1000])
+def test_an_unacknowledged_message_is_noted_as_by_kombu(scene: Scene, text: str) -> None:
     """Key, score and content are those that kombu writes."""
-    scene.put("text")
+    scene.put(text)
     (raw,) = scene.queued()
     reader = Reader(scene.connect())
     reader.read(1)
@@ -241,13 +242,62 @@ NOT_PYTHONS = {
 }
 
 
-@pytest.mark.parametrize("kind", NOT_PYTHONS)
-def test_a_message_that_redis_alone_can_read_is_put_aside(scene: Scene, kind: str) -> None:
-    """It raises nothing, stays nowhere where it would come back from, and the next one is taken."""
-    scene.redis.lpush(f"{scene.prefix}q", NOT_PYTHONS[kind])
+NO_BODY_OF_PYTHONS = {"a line break in the body": b"\n", "a byte of zero in the body": b"\0", "no UTF-8": b"\xff"}
+
+
+@pytest.mark.parametrize("kind", NO_BODY_OF_PYTHONS)
+@pytest.mark.parametrize("length", [4, 5000])
+def test_a_message_whose_body_nobody_can_read_is_put_aside(scene: Scene, kind: str, length: int) -> None:
+    """Whether Redis looks into it, or leaves it out because it is long."""
+    raw = raw_message(body='"#"').replace(b"#", b"a" * length + NO_BODY_OF_PYTHONS[kind])
+    scene.redis.lpush(f"{scene.prefix}q", raw)
     scene.put("text")
     assert Reader(scene.connect()).read(1) == ["text"]
-    assert scene.queued("q.undecodable") == [NOT_PYTHONS[kind]]
+    assert scene.queued("q.undecodable") == [raw]
+    assert scene.count("unacked") == scene.redis.zcard(f"{scene.prefix}unacked_index") == 1
+
+
+LARGE_BODIES = {
+    "as kombu writes it": f'"{"aGk=" * 2000}"',
+    "with what looks like the rest": json.dumps("x" * 5000 + '", "properties": {"delivery_tag": "false"}, "x": "'),
+    "with backslashes at its end": json.dumps("x" * 5000 + "\\" * 3),
+    "after another body": f'"", "body": "{"x" * 5000}"',
+    "before another body": f'"{"x" * 5000}", "body": "x"',
+    "after other properties": f'"{"x" * 5000}", "properties": {{"delivery_tag": "false"}}, "body": ""',
+    "that is a list": json.dumps(["x" * 5000]),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE_BODIES)
+def test_no_body_passes_for_properties(scene: Scene, kind: str) -> None:
+    """Redis, which reads a large message without its body, finds the tag and the route that JSON has."""
+    raw = raw_message(body=LARGE_BODIES[kind], body_encoding="null", delivery_tag='"true"')
+    scene.redis.lpush(f"{scene.prefix}q", raw)
+    reader = Reader(scene.connect())
+    reader.read_no_more()
+    assert [message.delivery_tag for message in reader.messages] == ["true"]
+    assert scene.redis.hgetall(f"{scene.prefix}unacked") == {b"true": b"[" + raw + b',"","q"]'}
+
+
+def test_large_messages_are_taken_by_the_megabyte(scene: Scene) -> None:
+    """Redis does nothing else meanwhile, and a worker has no need of fifty of them."""
+    texts = [f"{number}{'x' * 600_000}" for number in range(5)]
+    scene.put(*texts)
+    reader = Reader(scene.connect())
+    reader.connection.drain_events(timeout=10)
+    assert scene.count("unacked") == 2
+    assert reader.read(5) == texts
+
+
+@pytest.mark.parametrize("kind", NOT_PYTHONS)
+@pytest.mark.parametrize("length", [1, 2000])
+def test_a_message_that_redis_alone_can_read_is_put_aside(scene: Scene, kind: str, length: int) -> None:
+    """It raises nothing, stays nowhere where it would come back from, and the next one is taken."""
+    raw = NOT_PYTHONS[kind].replace(b"aGk=", b"aGk=" * length)
+    scene.redis.lpush(f"{scene.prefix}q", raw)
+    scene.put("text")
+    assert Reader(scene.connect()).read(1) == ["text"]
+    assert scene.queued("q.undecodable") == [raw]
     assert scene.count("unacked") == scene.redis.zcard(f"{scene.prefix}unacked_index") == 1
 
 
@@ -385,6 +435,15 @@ def test_acknowledgements_of_a_turn_go_together(scene: Scene) -> None:
     assert reader.texts == numbers(60)
 
 
+def commands_until_now(scene: Scene, monitor: Any) -> list[dict[str, Any]]:
+    """Give what the server was told, by all that talk to it, since it is monitored."""
+    scene.redis.echo(scene.prefix + "end")
+    found: list[dict[str, Any]] = []
+    while scene.prefix + "end" not in (told := monitor.next_command())["command"]:
+        found.append(told)
+    return found
+
+
 def test_acknowledgements_travel_with_the_question_for_more(scene: Scene) -> None:
     """In one round trip, removed before more is taken; what is acknowledged meanwhile is removed with the next."""
     scene.put(*numbers(60))
@@ -397,12 +456,11 @@ def test_acknowledgements_travel_with_the_question_for_more(scene: Scene) -> Non
         for message in reader.messages[20:]:
             message.ack()
         turn(hub, lambda: len(reader.messages) == 60 and not scene.count("unacked") > 20)
-        scene.redis.echo(scene.prefix + "end")
-        commands = []
-        while scene.prefix + "end" not in (command := monitor.next_command()["command"]):
-            commands.append(command.split()[0])
-    assert commands[:3] == ["HDEL", "ZREM", "EVALSHA"]
-    assert "MULTI" not in commands
+        commands = commands_until_now(scene, monitor)
+    client = next(command["client_port"] for command in commands if scene.prefix in command["command"])
+    names = [command["command"].split()[0] for command in commands if command["client_port"] == client]
+    assert names[:3] == ["HDEL", "ZREM", "EVALSHA"]
+    assert "MULTI" not in names
     for message in reader.messages[40:]:
         message.ack()
     turn(hub, lambda: scene.count("unacked") == 0)
@@ -508,12 +566,9 @@ def test_a_server_that_knows_the_script_no_more(scene: Scene) -> None:
         for text in ("second", "third"):
             scene.put(text)
             reader.read(len(reader.messages) + 1)
-        scene.redis.echo(scene.prefix + "end")
-        commands = []
-        while scene.prefix + "end" not in (command := monitor.next_command()["command"]):
-            commands.append(command.partition(" ")[0])
+        commands = [command["command"] for command in commands_until_now(scene, monitor)]
     assert reader.texts == ["first", "second", "third"]
-    assert commands.count("EVAL") == 1
+    assert sum(command.startswith("EVAL ") and scene.prefix in command for command in commands) == 1
 
 
 def test_a_user_who_may_not_name_scripts(scene: Scene) -> None:
@@ -561,9 +616,7 @@ def test_a_crowd_that_waits_is_not_woken_by_each_message(scene: Scene) -> None:
             stop.set()
             for thread in threads:
                 thread.join()
-        scene.redis.echo(scene.prefix + "end")
-        asked = 0
-        while scene.prefix + "end" not in (command := monitor.next_command()["command"]):
-            asked += command.startswith("EVAL") and scene.prefix in command
+        commands = [command["command"] for command in commands_until_now(scene, monitor)]
+    asked = sum(command.startswith("EVAL") and scene.prefix in command for command in commands)
     assert sorted(int(text) for reader in readers for text in reader.texts) == list(range(100))
     assert asked < 4 * 100

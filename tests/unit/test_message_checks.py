@@ -1,4 +1,4 @@
-"""The short look at messages that are like those before never passes what the full look refuses."""
+"""What is looked at in a message before Celery does; the short look never passes what the full one refuses."""
 
 import json
 import random
@@ -151,7 +151,6 @@ def test_names_without_end_fill_no_memory() -> None:
         [[], [], PAYLOAD[2]],
         [[], {}, None],
         [[], {}, {**PAYLOAD[2], "chain": []}],
-        [[[[]] * 200], {}, PAYLOAD[2]],
         [[json.loads("[" * 300 + "]" * 300)], {}, PAYLOAD[2]],
     ],
 )
@@ -160,3 +159,24 @@ def test_payloads_that_are_looked_at_in_full(payload: list[Any]) -> None:
     assert not is_common_payload(json.dumps(payload), payload)
     assert not is_common_payload(json.dumps(payload).encode(), payload)
     assert is_common_payload(json.dumps(PAYLOAD).encode(), PAYLOAD)
+
+
+def nested(depth: int) -> object:
+    """Lists and dicts in each other, so many with the innermost."""
+    value: object = []
+    for level in range(depth - 1):
+        value = [value] if level % 2 else {"inner": value}
+    return value
+
+
+@pytest.mark.parametrize("text", ["", "x" * 5000, "[{" * 500])
+@pytest.mark.parametrize(("depth", "is_refused"), [(1, False), (198, False), (199, True), (400, True)])
+@pytest.mark.parametrize("encoding", ["", "utf-8"])
+def test_depth_is_counted_whatever_the_texts(text: str, depth: int, is_refused: bool, encoding: str) -> None:
+    """Brackets in a text are none of the body's; the body itself and its arguments count as two."""
+    payload = [[text, nested(depth)], {}, PAYLOAD[2]]
+    body = json.dumps(payload)
+    message = SimpleNamespace(body=body.encode(encoding) if encoding else body)
+    request = SimpleNamespace(_payload=payload, message=message, request_dict={"task": "a", "id": "b"})
+    assert (find_request_problem(request) is not None) is is_refused
+    assert is_common_payload(message.body, payload) is not is_refused

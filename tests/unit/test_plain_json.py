@@ -50,6 +50,16 @@ def test_no_spelling_escapes_the_hook() -> None:
     assert loads_json(text) == kombu_json.loads(text) == UUID(int=1)
 
 
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize("body", ["", "text", "__type__", 'a "b" \\', "\x00ä"])
+def test_a_message_is_read_as_by_kombu(body: str, value: Any) -> None:
+    """Its body comes first, and is not searched for what only a key can be."""
+    text = kombu_json.dumps({"body": body, "headers": value})
+    assert loads_json(text) == kombu_json.loads(text)
+    text = text.replace("__type__", r"\u005f_type__")
+    assert loads_json(text) == kombu_json.loads(text)
+
+
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists))
 def test_any_json(value: Any) -> None:
     """Numbers that JSON does not have, too, which Python writes all the same."""

@@ -122,10 +122,9 @@ def to_auth_metadata(method: TaskMethod) -> TaskAuthMetadata:
     """
     for class_ in method.handler.__mro__:
         member = vars(class_).get(method.attribute)
-        metadata = collect_task_auth_metadata(member, owner_type=method.handler)
         own = collect_task_auth_metadata(member)
         if own.protected or own.public_access:
-            return metadata
+            return collect_task_auth_metadata(member, owner_type=method.handler)
     return collect_task_auth_metadata(method.function, owner_type=method.handler)
 
 

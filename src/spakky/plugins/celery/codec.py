@@ -141,7 +141,7 @@ class TaskCodec:
             UnsupportedTaskMethodError: If the values of one cannot travel.
         """
         self._task = method.name
-        self._signature = str(method.signature)
+        self._signature = method.signature
         typed = _to_typed_parameters(method)
         parameters = {name: parameter for name, (parameter, _) in typed.items()}
         self._parameters = parameters
@@ -178,7 +178,7 @@ class TaskCodec:
         """Raise TaskArgumentsError for a message that says that its arguments have other forms than these."""
         if version is not None:
             reason = f"they were encoded by version {version!r} of the codec, which this worker does not have"
-            raise TaskArgumentsError(self._task, reason, self._signature)
+            raise TaskArgumentsError(self._task, reason, str(self._signature))
 
     def encode_arguments(
         self,
@@ -290,7 +290,7 @@ class TaskCodec:
         new_args = tuple([convert_one(parameter, value) for parameter, value in self._pair(args)])
         new_kwargs = {name: convert_one(self._to_parameter(name), value) for name, value in kwargs.items()}
         if problems:
-            raise TaskArgumentsError(self._task, "; ".join(problems), self._signature, tuple(problems))
+            raise TaskArgumentsError(self._task, "; ".join(problems), str(self._signature), tuple(problems))
         return new_args, new_kwargs
 
     def _convert_result(self, convert: Callable[[_ValueCodec, Any], Any], value: object) -> object:

@@ -164,6 +164,7 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
         methods = self._catalog.methods_of(handler)
         if self._celery is not None or not self._is_built_by_container:
             self._register(handler)
+            self._merge_schedule(self._resolve_celery())
         return guard_keywords(pod, methods)
 
     @override
@@ -189,6 +190,7 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
         self._principals.check(self._catalog)
         for handler in self._catalog.handlers():
             self._register(handler)
+        self._merge_schedule(self._resolve_celery())
         self._connect_signals()
 
     @override
@@ -276,7 +278,6 @@ class CeleryPostProcessor(IPostProcessor, IApplicationContextAware, IService):
             if method.schedule is not None:
                 self._schedule(celery, method)
             logger.debug("Registered task %r", method.name)
-        self._merge_schedule(celery)
 
     def _register_task(self, celery: Celery, method: TaskMethod, name: str) -> None:
         known = celery.tasks.get(name)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextvars import Context
+from functools import cached_property
 from typing import Any, Final
 
 from celery import Celery, Task
@@ -53,7 +54,7 @@ class SchedulePrincipals:
         Raises:
             SchedulePrincipalMissingError: If there is one.
         """
-        if self._has_provider():
+        if self._has_provider:
             return
         for method in methods:
             if method.schedule is None or method.options.get("run_as") is not None:
@@ -63,7 +64,7 @@ class SchedulePrincipals:
 
     def is_wanted_for(self, method: TaskMethod) -> bool:
         """Whether messages of a schedule may get an identity, so that beat's entry must ask for it."""
-        return method.options.get("run_as") is not None or self._has_provider()
+        return method.options.get("run_as") is not None or self._has_provider
 
     def make_apply_async(self, method: TaskMethod) -> Any:
         """Make the ``apply_async`` of a task whose schedule has a principal: beat calls it with the entry's options.
@@ -108,5 +109,6 @@ class SchedulePrincipals:
         provider = self._application_context.get_or_none(SchedulePrincipalProvider)  # type: ignore[type-abstract]  # the same
         return None if provider is None else provider.principal_of(method.name)
 
+    @cached_property
     def _has_provider(self) -> bool:
         return has_pod_of(self._application_context, SchedulePrincipalProvider)

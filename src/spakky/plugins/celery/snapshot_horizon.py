@@ -46,12 +46,11 @@ def warn_of_short_snapshots(context: IApplicationContext, celery: Celery, method
         celery: Has the tasks registered.
         methods: The tasks.
     """
-    ttl_s = _find_ttl_s(context)
+    protected = [method for method in methods if to_auth_metadata(method).protected]
+    ttl_s = _find_ttl_s(context) if protected else None
     if ttl_s is None:
         return
-    for method in methods:
-        if not to_auth_metadata(method).protected:
-            continue
+    for method in protected:
         delay_s, retries_s = _delay_s(method), _retries_s(celery, method)
         if delay_s + retries_s > ttl_s:
             text = (

@@ -22,7 +22,7 @@ def _is_authentication(method: object) -> bool:
     return isinstance(instance, IAuthenticationProvider) and getattr(method, "__name__", None) == "authenticate"
 
 
-@LateBoundAspect()
+@LateBoundAspect(covers=lambda pod: isinstance(pod, IAuthenticationProvider))
 class AuthenticationWatchAspect(IAspect):
     """Notes each identity that a provider of the application authenticates: one per application context."""
 

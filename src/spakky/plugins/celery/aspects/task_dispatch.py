@@ -19,7 +19,7 @@ from spakky.tracing.propagator import ITracePropagator
 from spakky.plugins.celery.caller_headers import CallerHeaders
 from spakky.plugins.celery.common.late_binding import LateBoundAspect, LateBoundAsyncAspect
 from spakky.plugins.celery.common.run_state import is_running
-from spakky.plugins.celery.common.task_method import BoundTask, to_bound_task
+from spakky.plugins.celery.common.task_method import BoundTask, known_task_methods, to_bound_task, to_own_class
 from spakky.plugins.celery.dispatch import TaskDispatcher
 from spakky.plugins.celery.task_sender import TaskSender
 
@@ -48,6 +48,14 @@ def _is_async_task(method: Callable[..., object]) -> bool:
 def _is_task(method: Callable[..., object]) -> bool:
     bound = to_bound_task(method)
     return bound is not None and bound.method.is_task
+
+
+def _has_sync_tasks(pod: object) -> bool:
+    return any(method.is_task and not method.is_async for method in known_task_methods(to_own_class(type(pod))))
+
+
+def _has_async_tasks(pod: object) -> bool:
+    return any(method.is_task and method.is_async for method in known_task_methods(to_own_class(type(pod))))
 
 
 class _TaskDispatchAdvice(IApplicationContextAware):
@@ -95,7 +103,7 @@ class _TaskDispatchAdvice(IApplicationContextAware):
 
 
 @_OutermostOrder()
-@LateBoundAspect()
+@LateBoundAspect(covers=_has_sync_tasks)
 class CeleryTaskDispatchAspect(_TaskDispatchAdvice, IAspect):
     """Dispatches calls of sync ``@task`` methods: one per application context, outermost of all aspects.
 
@@ -112,7 +120,7 @@ class CeleryTaskDispatchAspect(_TaskDispatchAdvice, IAspect):
 
 
 @_OutermostOrder()
-@LateBoundAsyncAspect()
+@LateBoundAsyncAspect(covers=_has_async_tasks)
 class AsyncCeleryTaskDispatchAspect(_TaskDispatchAdvice, IAsyncAspect):
     """Same as ``CeleryTaskDispatchAspect``, but for ``async def`` methods: the event loop goes on meanwhile."""
 

@@ -30,7 +30,7 @@ def _is_step_of(method: object, kind: type) -> bool:
     return isinstance(instance, kind) and getattr(method, "__name__", None) in {*_NOTES, _END}
 
 
-@LateBoundAspect()
+@LateBoundAspect(covers=lambda pod: isinstance(pod, AbstractTransaction))
 class TransactionWatchAspect(IAspect):
     """Sends what waited for a sync transaction, when that is over and has committed: one per application context."""
 
@@ -49,7 +49,7 @@ class TransactionWatchAspect(IAspect):
         return result
 
 
-@LateBoundAsyncAspect()
+@LateBoundAsyncAspect(covers=lambda pod: isinstance(pod, AbstractAsyncTransaction))
 class AsyncTransactionWatchAspect(IAsyncAspect):
     """Same as ``TransactionWatchAspect``, but for async transactions: the event loop goes on while it sends."""
 

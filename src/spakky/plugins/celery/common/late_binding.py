@@ -7,7 +7,8 @@ builds these Pods bare, they look their collaborators up at first use, and their
 builds them by hand.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import override
 
 from spakky.core.aop.aspect import Aspect, AsyncAspect
@@ -38,7 +39,21 @@ class LateBoundPod(_LateBinding):
 class LateBoundAspect(_LateBinding, Aspect):
     """``@Aspect()`` for a class that the container builds without calling its constructor."""
 
+    covers: Callable[[object], bool] = field(kw_only=True)
+    """Whether a Pod has methods of its pointcut. The host reads every member of every Pod, once for each aspect."""
+
+    @override
+    def matches(self, pod: object) -> bool:
+        return self.covers(pod) or (callable(pod) and super().matches(pod))
+
 
 @dataclass(eq=False)
 class LateBoundAsyncAspect(_LateBinding, AsyncAspect):
     """``@AsyncAspect()`` for a class that the container builds without calling its constructor."""
+
+    covers: Callable[[object], bool] = field(kw_only=True)
+    """Same as of ``LateBoundAspect``."""
+
+    @override
+    def matches(self, pod: object) -> bool:
+        return self.covers(pod) or (callable(pod) and super().matches(pod))

@@ -18,6 +18,7 @@ class TaskCatalog:
     def __init__(self) -> None:
         self._methods: dict[str, TaskMethod] = {}
         self._names: dict[str, TaskMethod] = {}
+        self._methods_of: dict[type, tuple[TaskMethod, ...]] = {}
         self._pods: dict[type, list[str]] = {}
 
     def __iter__(self) -> Iterator[TaskMethod]:
@@ -34,12 +35,14 @@ class TaskCatalog:
             DuplicateTaskNameError: If another class already has a task of the same name.
             UnsupportedTaskMethodError: If a decorated member cannot be a task.
         """
-        for method in find_task_methods(handler):
+        methods = tuple(find_task_methods(handler))
+        for method in methods:
             for name in (method.name, *method.aliases):
                 known = self._names.setdefault(name, method)
                 if (known.handler, known.attribute) != (handler, method.attribute):
                     raise DuplicateTaskNameError(name, known.location, method.location)
             self._methods.setdefault(method.name, method)
+        self._methods_of[handler] = methods
         pods = self._pods.setdefault(handler, [])
         if pod_name not in pods:
             pods.append(pod_name)
@@ -54,7 +57,7 @@ class TaskCatalog:
 
     def methods_of(self, handler: type) -> tuple[TaskMethod, ...]:
         """The tasks of one handler class."""
-        return tuple(method for method in self._methods.values() if method.handler is handler)
+        return self._methods_of.get(handler, ())
 
     def pods_of(self, handler: type) -> tuple[str, ...]:
         """Names of the Pods of a handler class, in the order of registration."""

@@ -4,7 +4,7 @@ Knows neither the container nor Celery: a method is judged by its class alone, b
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from inspect import (
@@ -35,6 +35,7 @@ __all__ = [
     "find_misfits",
     "find_task_method",
     "find_task_methods",
+    "known_task_methods",
     "to_bound_task",
     "to_dispatchable",
     "to_own_class",
@@ -196,7 +197,12 @@ def find_task_methods(handler: type) -> Iterator[TaskMethod]:
     for attribute in decorated:
         _check_supported(handler, attribute, getattr_static(handler, attribute))
     _refuse_options_without_task(handler, decorated)
-    yield from _task_methods_by_function(handler).values()
+    yield from known_task_methods(handler)
+
+
+def known_task_methods(class_: type) -> Iterable[TaskMethod]:
+    """Give the tasks of any class, unchecked: a decorated member that cannot be a task is left out."""
+    return _task_methods_by_function(class_).values()
 
 
 def find_task_method(handler: type, function: object) -> TaskMethod | None:
@@ -221,7 +227,7 @@ def _task_methods_by_function(handler: type) -> dict[object, TaskMethod]:
 
 def _find_decorated_attributes(handler: type) -> list[str]:
     return sorted(
-        {name for class_ in handler.__mro__ for name, member in vars(class_).items() if _is_decorated(member)},
+        {name for class_ in handler.__mro__[:-1] for name, member in vars(class_).items() if _is_decorated(member)},
     )
 
 
@@ -328,7 +334,7 @@ def _check_supported(handler: type, attribute: str, member: object) -> None:
 
 
 def _refuse_options_without_task(handler: type, decorated: list[str]) -> None:
-    members = {name: member for class_ in handler.__mro__ for name, member in vars(class_).items()}
+    members = {name: member for class_ in handler.__mro__[:-1] for name, member in vars(class_).items()}
     for name in members.keys() - set(decorated):
         if any(own_options(source) for source in _to_sources(members[name])):
             reason = "it has options of a task, and neither @task nor @schedule."

@@ -7,6 +7,7 @@ for text, a subclass loses its fields, members of a union change places. Knows n
 import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final, cast
 
 from pydantic import GetCoreSchemaHandler, Secret, SecretStr, TypeAdapter
@@ -92,11 +93,22 @@ class WireSchema:
 
     @classmethod
     def of(cls, annotation: Any) -> "WireSchema":
-        """Make the schema of an annotation.
+        """Give the schema of an annotation: of a class one is made for all tasks.
+
+        Annotations other than classes may be equal and say different things: ``int | str`` and ``str | int``.
 
         Raises:
             WireSchemaError: If its values cannot travel.
         """
+        return cls._of_class(annotation) if isinstance(annotation, type) else cls._make(annotation)
+
+    @classmethod
+    @lru_cache(maxsize=4096)
+    def _of_class(cls, class_: type) -> "WireSchema":
+        return cls._make(class_)
+
+    @classmethod
+    def _make(cls, annotation: Any) -> "WireSchema":
         try:
             adapter = TypeAdapter(annotation)
             adapter.rebuild(raise_errors=True)  # where a class names another one that was not there when it was made

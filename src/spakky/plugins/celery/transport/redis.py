@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from random import uniform
 from typing import Any, ClassVar, Final, NamedTuple, override
 
@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 _BATCH: Final = 50
 """Most messages that are taken at once: a worker's loop does nothing else while it accepts them."""
 
+_BATCH_BYTES: Final = 1_000_000
+"""No more are taken after so many bytes: Redis does nothing else meanwhile, and the worker holds all of them."""
+
 _REFUSED_S: Final = 1.0
 """Time between two looks at queues that Redis does not let this user, or anybody, wait on."""
 
@@ -40,19 +43,29 @@ _LONGEST_REST_S: Final = 0.05
 """Time for which a worker that others were faster than does not wait for messages: twice that of the time before, and
 at most so long. Redis wakes all that wait for each message, and who took the last one waits for the next at once."""
 
-_TAKE: Final = """
-local limit, now, width = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
+_TAKE: Final = r"""
+local function decode(raw)
+  local body = #raw > 4000 and string.match(raw, '^{"body": ?"()')
+  local quote = body and string.find(raw, '"', body, true)
+  local escape = quote and string.find(raw, '\\', body, true)
+  if quote and (not escape or escape > quote) then
+    raw = '{"body":"' .. string.sub(raw, quote)
+  end
+  return cjson.decode(raw)
+end
+local limit, now, width, bytes = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local taken, count = {}, 0
 for first = 3, #KEYS, width do
   local found = true
   while found and count < limit do
     found = false
     for key = first, first + width - 1 do
-      local raw = count < limit and redis.call('RPOP', KEYS[key])
+      local raw = count < limit and bytes > 0 and redis.call('RPOP', KEYS[key])
       if raw then
         found = true
         count = count + 1
-        local ok, message = pcall(cjson.decode, raw)
+        bytes = bytes - #raw
+        local ok, message = pcall(decode, raw)
         local properties = ok and type(message) == 'table' and message.properties
         local tag = type(properties) == 'table' and properties.delivery_tag
         local delivery = type(properties) == 'table' and properties.delivery_info
@@ -78,9 +91,13 @@ return taken
 """
 """Moves up to ARGV[1] messages from the lists KEYS[3..] into ``unacked`` KEYS[1] and its index KEYS[2].
 
-The lists are ordered as BRPOP would try them; among ARGV[3] neighbours one is taken from each in turn. The answer
-has for each message the number of its list, itself, and its tag. One that no worker could ever read is moved aside, its
-list negative.
+None after the one with which they are ARGV[4] bytes or more. The lists are ordered as BRPOP would try them; among
+ARGV[3] neighbours one is taken from each in turn. The answer has for each message the number of its list, itself, and
+its tag. One that no worker could ever read is moved aside, its list negative.
+
+A large message is decoded without its body, which kombu writes first: where a text starts so, all up to the next quote
+is in one string of JSON, if there is no backslash before it, and reads the same with nothing in that string. What is no
+JSON for Python in there is put aside by the worker.
 """
 
 _TAKE_DIGEST: Final = hashlib.sha1(_TAKE.encode(), usedforsecurity=False).hexdigest()
@@ -304,8 +321,7 @@ class Channel(stock.Channel):
             raise _LostConnectionError
         if self.global_keyprefix:
             commands = [self.client._prefix_args(command) for command in commands]  # noqa: SLF001  # kombu's transports are made of such parts
-        data = b"".join(connection.pack_commands(commands))  # redis-py sends each 6 kB by itself
-        connection.send_packed_command([data], check_health=False)
+        connection.send_packed_command(_pack(connection, commands), check_health=False)
         return [self._read_reply(connection) for _ in commands]
 
     def _read_reply(self, connection: Any) -> Any:
@@ -333,7 +349,7 @@ class Channel(stock.Channel):
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
-        self._is_drained = len(taken) < 3 * limit
+        self._is_drained = len(taken) < 3 * limit and sum(map(len, taken[1::3])) < _BATCH_BYTES
         if taken:
             self._misses = 0
         elif self._is_woken:
@@ -389,13 +405,13 @@ class Channel(stock.Channel):
             keys = (self.unacked_key, self.unacked_index_key)
             removals = zip(("HDEL", "ZREM"), keys, strict=True)
             commands[:0] = [(name, self.global_keyprefix + key, *tags) for name, key in removals]
-        connection.send_packed_command(connection.pack_commands(commands))
+        connection.send_packed_command(_pack(connection, commands))
 
     def _to_take(self, command: str, script: str, limit: int) -> tuple[object, ...]:
         is_fair = not isinstance(self._queue_cycle, priority_cycle)
         width = len(self._lists) // len(self.priority_steps) if is_fair else 1
         keys = [self.global_keyprefix + key for key in (self.unacked_key, self.unacked_index_key, *self._lists)]
-        return command, script, len(keys), *keys, limit, time.time(), width
+        return command, script, len(keys), *keys, limit, time.time(), width, _BATCH_BYTES
 
     def _queue_lists(self) -> list[str]:
         queues = self._queue_cycle.consume(len(self.active_queues))
@@ -512,6 +528,11 @@ class Channel(stock.Channel):
         for watch in watches.values():
             watch.connection.disconnect()
         self._watch_pool = None
+
+
+def _pack(connection: Any, commands: Sequence[Sequence[Any]]) -> list[bytes]:
+    """Make one piece of commands: redis-py sends each 6 kB by itself."""
+    return [b"".join(connection.pack_commands(commands))]
 
 
 class _Taken(NamedTuple):

@@ -192,15 +192,30 @@ def _find_field_problem(fields: Mapping[str, Any]) -> Problem | None:
 
 
 def _is_deep(body: object, payload: object) -> bool:
-    if isinstance(body, str) and body.startswith("[") and body.count("[") + body.count("{") <= _DEEPEST:
+    if isinstance(body, str) and body.startswith("[") and _has_few(body, ("[", "{")):
         return False  # JSON, as nearly always
-    if isinstance(body, bytes) and body.startswith(b"[") and body.count(b"[") + body.count(b"{") <= _DEEPEST:
+    if isinstance(body, bytes) and body.startswith(b"[") and _has_few(body, (b"[", b"{")):
         return False
     level: list[Any] = [payload]
     for _ in range(_DEEPEST):
         level = [child for value in level for child in _children(value) if isinstance(child, dict | list | tuple)]
         if not level:
             return False
+    return True
+
+
+def _has_few[T: (str, bytes)](body: T, openings: tuple[T, T]) -> bool:
+    """Whether a body opens too few containers to be deep; to count all of them in a long text takes much longer."""
+    if len(body) <= _DEEPEST:
+        return True
+    found = 0
+    for opening in openings:
+        at = body.find(opening)
+        while at >= 0:
+            found += 1
+            if found > _DEEPEST:
+                return False
+            at = body.find(opening, at + 1)
     return True
 
 
@@ -361,7 +376,5 @@ def _to_getter(names: list[str]) -> "_Getter":
 def is_common_payload(body: str | bytes, payload: list[Any]) -> bool:
     """Whether a body of JSON has arguments alone, and ``find_request_problem`` finds nothing; False says nothing."""
     args, kwargs, embed = payload
-    if type(args) is not list or type(kwargs) is not dict or embed != _NO_OTHERS:
-        return False
-    opening = body.count("[") + body.count("{") if isinstance(body, str) else body.count(b"[") + body.count(b"{")
-    return opening <= _DEEPEST
+    is_common = type(args) is list and type(kwargs) is dict and embed == _NO_OTHERS
+    return is_common and not _is_deep(body, payload)
