@@ -1,5 +1,6 @@
 """The Redis transport beside kombu's own, on a real server: what each leaves, the other can read."""
 
+import hashlib
 import json
 import logging
 import threading
@@ -16,6 +17,7 @@ from kombu.asynchronous import Hub
 from redis.exceptions import NoPermissionError
 
 from spakky.plugins.celery.common.broker_url import to_batched
+from spakky.plugins.celery.transport import redis as transport
 from spakky.plugins.celery.transport.redis import Transport
 from support.brokers import REDIS_URL, require_server
 from support.processes import wait_until
@@ -556,14 +558,14 @@ def test_tls_is_verified() -> None:
     assert not Connection("spakky-redis://localhost:1/0").ssl
 
 
-def test_a_server_that_knows_the_script_no_more(scene: Scene) -> None:
-    """As after a restart: it is told the script again, and once."""
+def test_a_server_that_does_not_know_the_script(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a restart: it is told the script, and once."""
+    unknown = f"{transport._TAKE}-- {scene.prefix}"
+    monkeypatch.setattr(transport, "_TAKE", unknown)
+    monkeypatch.setattr(transport, "_TAKE_DIGEST", hashlib.sha1(unknown.encode(), usedforsecurity=False).hexdigest())
     reader = Reader(scene.connect(**NEVER))
-    scene.put("first")
-    reader.read(1)
-    scene.redis.script_flush()
     with scene.redis.monitor() as monitor:
-        for text in ("second", "third"):
+        for text in ("first", "second", "third"):
             scene.put(text)
             reader.read(len(reader.messages) + 1)
         commands = [command["command"] for command in commands_until_now(scene, monitor)]
