@@ -146,8 +146,8 @@ class TaskExecution:
     ) -> object:
         context = copy_context()
         try:
-            context.run(self._enter, task, method)
-            outcome: object = context.run(self._call, task, method, args, kwargs)
+            headers = context.run(self._enter, task, method)
+            outcome: object = context.run(self._call, method, headers, args, kwargs)
             returned = self._wait_for(outcome, task, method, context) if isawaitable(outcome) else outcome
             return codec_of(method).encode_result(returned)
         finally:
@@ -165,8 +165,7 @@ class TaskExecution:
             return AUTH_CONTEXT_SNAPSHOT_METADATA_KEY not in headers and self._is_made(method, headers)
 
         async def run(task: Task, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-            self._enter(task, method)
-            returned = self._call(task, method, args, kwargs)
+            returned = self._call(method, self._enter(task, method), args, kwargs)
             return codec_of(method).encode_result(await returned if isawaitable(returned) else returned)
 
         return LoopBody(fits, run, self._end)
@@ -178,12 +177,15 @@ class TaskExecution:
         except AmbiguousHandlerPodError:
             return False
 
-    def _enter(self, task: Task, method: TaskMethod) -> None:
-        """Prepare the context. A provider that fails here is asked again later: the body has not begun."""
+    def _enter(self, task: Task, method: TaskMethod) -> dict[str, Any]:
+        """Prepare the context, and give the message's headers beside Celery's.
+
+        A provider that fails here is asked again later: the body has not begun.
+        """
         self._application_context.clear_context()
         self._application_context.set_context_value(CELERY_TASK_CONTEXT_KEY, True)  # noqa: FBT003  # the host's signature
         CURRENT_RUN.set(Run(task, method.name))
-        headers = task.request.headers or {}
+        headers: dict[str, Any] = task.request.headers or {}
         self._enter_trace(headers)
         try:
             self._authorize(task, method, headers)
@@ -191,10 +193,16 @@ class TaskExecution:
             if not is_retryable_auth_failure(error):
                 raise
             retry(task, method, error)
+        return headers
 
-    def _call(self, task: Task, method: TaskMethod, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+    def _call(
+        self,
+        method: TaskMethod,
+        headers: dict[str, Any],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> Any:
         """Call the method; what it returns may have to be awaited in the same context."""
-        headers = task.request.headers or {}
         codec = codec_of(method)
         codec.check_version(headers.get(CODEC_HEADER))
         positional, keywords = method.to_positional(*codec.decode_arguments(args, kwargs))
