@@ -154,6 +154,27 @@ def test_an_unacknowledged_message_is_noted_as_by_kombu(scene: Scene, text: str)
     assert abs(score - int(str(seconds))) < 60
 
 
+def test_messages_that_come_together_share_their_names(scene: Scene) -> None:
+    """A thousand that a worker holds have each name once, and not a thousand times."""
+    scene.put(*numbers(10))
+    reader = Reader(scene.connect())
+    reader.read(10)
+    names = [{id(name) for name in message.properties} for message in reader.messages]
+    assert names == [names[0]] * 10
+
+
+def test_odd_messages_among_others(scene: Scene) -> None:
+    """Of a batch in which some cannot be read, or only together with their neighbours, all others are delivered."""
+    scene.put("first")
+    odd = ['{"properties": {"a": 1', '"b": 2}}, {}', "[" * 2000 + "]" * 2000, '"text"', "{}, {}", "\x00"]
+    for number, raw in enumerate(odd):
+        scene.redis.lpush(f"{scene.prefix}q", raw)
+        scene.put(str(number))
+    assert Reader(scene.connect()).read(7) == ["first", *numbers(6)]
+    assert scene.count("q.undecodable") == 6
+    assert scene.count("unacked") == 7
+
+
 @pytest.mark.parametrize("prefetch", [1, 7, 120])
 def test_no_more_is_taken_than_may_be_prefetched(scene: Scene, prefetch: int) -> None:
     """What is beyond the prefetch count stays on the queue, for other workers."""

@@ -421,11 +421,10 @@ class Channel(stock.Channel):
         qos: Any = self.qos
         try:
             with batch():
-                while messages:
+                for message in _read(messages):
                     taken = messages.popleft()
                     queue = taken.key.rsplit(self.sep, 1)[0]
                     self._queue_cycle.rotate(queue)
-                    message = taken.read() if taken.is_stored else None
                     if message is not None:
                         self._deliver_stored(message, queue)
                     elif taken.is_stored:
@@ -548,10 +547,28 @@ class _Taken(NamedTuple):
         """Give it as kombu reads it; None where the server has read something else in it."""
         try:
             message: dict[str, Any] = loads_json(self.raw.decode())
-            is_same = message["properties"]["delivery_tag"].encode() == self.tag
+            return message if self.is_of(message) else None
         except Exception:  # noqa: BLE001  # whatever it is that Python's JSON does not take
             return None
-        return message if is_same else None
+
+    def is_of(self, message: dict[str, Any]) -> bool:
+        """Whether the server has read the same in it."""
+        return self.is_stored and bool(message["properties"]["delivery_tag"].encode() == self.tag)
+
+
+def _read(taken: Iterable[_Taken]) -> list[dict[str, Any] | None]:
+    """Give messages as kombu reads them; None for one that was moved aside, or is to be.
+
+    In what is decoded at once each name is made once: names are a fifth of the memory that a message takes.
+    """
+    all_taken = list(taken)
+    try:
+        found: list[dict[str, Any]] = loads_json(f"[{','.join([one.raw.decode() for one in all_taken])}]")
+        if all(one.is_of(message) for one, message in zip(all_taken, found, strict=True)):
+            return list(found)
+    except Exception:  # noqa: BLE001, S110  # one is odd: which, is found out one by one
+        pass
+    return [one.read() for one in all_taken]
 
 
 def _tell_aside(raw: bytes, key: str) -> None:
