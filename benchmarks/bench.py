@@ -27,7 +27,7 @@ from typing import Any
 from uuid import uuid4
 
 from goals import GOALS, Round, confirms_cost_us, judge
-from peers import HERE, IN_FLIGHT, PEERS, URLS, Peer, family_of, install
+from peers import HERE, HERE_INSTALLED, IN_FLIGHT, PEERS, URLS, Peer, family_of, install
 from running import APPS, BenchmarkError, purge, running
 from tables import TITLES, to_table, write_into
 
@@ -219,7 +219,7 @@ def main() -> int:
         "failures": failures,
         "machine": f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}",
         "size": f"medians of {options.rounds} rounds, {options.tasks} tasks of each kind",
-        "versions": sorted({requirement for peer in peers for requirement in peer.requirements}),
+        "versions": sorted({requirement for peer in peers for requirement in peer.requirements} - {HERE_INSTALLED}),
         "rows": to_rows(rounds, list(COLUMNS)),
         "dispatches": to_rows(rounds, list(DISPATCH_COLUMNS)),
         "goals": [asdict(verdict) for verdict in verdicts],

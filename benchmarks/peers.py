@@ -26,6 +26,8 @@ class Peer:
     is_serial: bool = False
     """It runs few tasks at once: fewer of those that take time are enough to know its rate."""
     queue: str = ""
+    home: str = ""
+    """Name of the folder of its environment; where there is none, that of its first requirement."""
 
     @property
     def family(self) -> str:
@@ -35,15 +37,16 @@ class Peer:
     @property
     def bin(self) -> Path:
         """The folder of its commands."""
-        if not self.requirements:
-            return Path(sys.executable).parent
-        return PEERS_FOLDER / self.requirements[0].partition("[")[0].partition("==")[0] / "bin"
+        name = self.home or self.requirements[0].partition("[")[0].partition("==")[0]
+        return PEERS_FOLDER / name / "bin"
 
 
 def family_of(name: str) -> str:
     return name.partition(" ")[0]
 
 
+HERE_INSTALLED = ".[redis]"
+"""This package as it is here, as a user installs it: with nothing beside it that tests need, like its peers."""
 CELERY = ("celery[redis]==5.7.0", "redis==8.1.0")
 TASKIQ = ("taskiq==0.13.0", "taskiq-redis==1.2.4", "taskiq-aio-pika==0.6.1", "redis==8.1.0")
 TASKIQ_WORKER = ["taskiq", "worker", "taskiq_app:broker", "--workers", "1", "--max-async-tasks", str(IN_FLIGHT)]
@@ -54,6 +57,8 @@ PEERS = [
         "spakky",
         "spakky_app",
         ["spakky-celery", "worker", "spakky_app:create_app", *CELERY_WORKER[1:], "-c", str(IN_FLIGHT)],
+        (HERE_INSTALLED, "redis==8.1.0"),
+        home="this",
     ),
     Peer(
         "celery threads-200",
@@ -106,9 +111,13 @@ def install(peer: Peer) -> None:
     """Make the peer's environment, unless it is there."""
     ready = peer.bin / "ready"
     content = "\n".join(peer.requirements)
-    if not peer.requirements or (ready.exists() and ready.read_text() == content):
+    if HERE_INSTALLED not in peer.requirements and ready.exists() and ready.read_text() == content:
         return
     uv, python = str(Path(sys.executable).with_name("uv")), str(peer.bin / "python")
     subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(peer.bin.parent)], check=True)
-    subprocess.run([uv, "pip", "install", "--quiet", "--python", python, *peer.requirements], check=True)
+    subprocess.run(
+        [uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", python, *peer.requirements],
+        check=True,
+        cwd=HERE.parent,
+    )
     ready.write_text(content)
