@@ -490,6 +490,26 @@ def test_acknowledgements_travel_with_the_question_for_more(scene: Scene) -> Non
     assert reader.texts == numbers(60)
 
 
+def test_acknowledgements_while_an_answer_is_left_unread(scene: Scene) -> None:
+    """As where a worker's pool has shrunk since it asked: they are sent by themselves."""
+    scene.put(*numbers(60))
+    connection = scene.connect()
+    hub, reader = hub_reader(connection, prefetch=20)
+    turn(hub, lambda: len(reader.messages) == 20)
+    for message in reader.messages[:5]:
+        message.ack()
+    connection.transport.cycle.on_poll_start()  # it asks for five more
+    reader.consumer.qos(prefetch_count=1)
+    for message in reader.messages[5:15]:
+        message.ack()
+    turn(hub, lambda: scene.count("unacked") == 10)
+    assert len(reader.messages) == 20
+    for message in reader.messages[15:]:
+        message.ack()
+    turn(hub, lambda: len(reader.messages) == 25)
+    assert reader.texts == numbers(25)
+
+
 def test_acknowledgements_that_redis_refuses(scene: Scene) -> None:
     """What came in the same answer is delivered, the error is told, and the next connection sends them again."""
     scene.put(*numbers(40))

@@ -269,11 +269,13 @@ class Channel(stock.Channel):
     def begin_turn(self) -> None:
         """Send the acknowledgements of the last turn of the hub, unless they go with a question for more messages."""
         self._has_taken = False
-        if self._limit or (self._is_batching and not self._is_drained and self.connection.cycle.can_take(self)):
-            return
         qos: Any = self._qos
-        if qos is not None:
-            qos.flush()
+        if qos is None:
+            return
+        is_asking = self._limit and qos.can_consume()  # with less prefetch than before kombu leaves the answer unread
+        if is_asking or (self._is_batching and not self._is_drained and self.connection.cycle.can_take(self)):
+            return
+        qos.flush()
 
     @property
     def _is_batching(self) -> bool:
