@@ -468,9 +468,14 @@ def commands_until_now(scene: Scene, monitor: Any) -> list[dict[str, Any]]:
 
 
 def test_acknowledgements_travel_with_the_question_for_more(scene: Scene) -> None:
-    """In one round trip, removed before more is taken; what is acknowledged meanwhile is removed with the next."""
+    """In one round trip, removed before more is taken; what is acknowledged meanwhile is removed with the next.
+
+    Also where the connection has other channels, as a worker's has for its remote control.
+    """
     scene.put(*numbers(60))
-    hub, reader = hub_reader(scene.connect(), prefetch=20)
+    connection = scene.connect()
+    hub, reader = hub_reader(connection, prefetch=20)
+    Consumer(connection.channel(), [Queue("other")]).qos(prefetch_count=1)
     turn(hub, lambda: len(reader.messages) == 20)
     for message in reader.messages:
         message.ack()

@@ -267,15 +267,24 @@ class Channel(stock.Channel):
         return self.connection is not None and self.connection.has_hub and not self.closed
 
     def begin_turn(self) -> None:
-        """Send the acknowledgements of the last turn of the hub, unless they go with a question for more messages."""
+        """Note that the hub turns: what was taken was taken in another turn."""
         self._has_taken = False
+
+    @property
+    def is_asking(self) -> bool:
+        """Whether a question, with which acknowledgements travel, is on its way or about to be sent."""
         qos: Any = self._qos
-        if qos is None:
-            return
-        is_asking = self._limit and qos.can_consume()  # with less prefetch than before kombu leaves the answer unread
-        if is_asking or (self._is_batching and not self._is_drained and self.connection.cycle.can_take(self)):
-            return
-        qos.flush()
+        if qos is None or not qos.can_consume():
+            return False  # with less prefetch than before kombu leaves an answer unread
+        return bool(self._limit) or (
+            self._is_batching and not self._is_drained and self.connection.cycle.can_take(self)
+        )
+
+    def flush_acknowledgements(self) -> None:
+        """Send the acknowledgements of the last turn of the hub."""
+        qos: Any = self._qos
+        if qos is not None:
+            qos.flush()
 
     @property
     def _is_batching(self) -> bool:
@@ -613,6 +622,9 @@ class _Poller(stock.MultiChannelPoller):
     def on_poll_start(self) -> None:
         for channel in self._channels:
             channel.begin_turn()
+        if not any(channel.is_asking for channel in self._channels):  # all have the same server, and send those of all
+            for channel in self._channels:
+                channel.flush_acknowledgements()
         super().on_poll_start()
 
     def can_take(self, channel: Channel) -> bool:
