@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from inspect import iscoroutinefunction
 from typing import Any, cast, override
 
@@ -50,12 +51,9 @@ def _is_task(method: Callable[..., object]) -> bool:
     return bound is not None and bound.method.is_task
 
 
-def _has_sync_tasks(pod: object) -> bool:
-    return any(method.is_task and not method.is_async for method in known_task_methods(to_own_class(type(pod))))
-
-
-def _has_async_tasks(pod: object) -> bool:
-    return any(method.is_task and method.is_async for method in known_task_methods(to_own_class(type(pod))))
+def _has_tasks(pod: object, *, is_async: bool) -> bool:
+    methods = known_task_methods(to_own_class(type(pod)))
+    return any(method.is_task and method.is_async is is_async for method in methods)
 
 
 class _TaskDispatchAdvice(IApplicationContextAware):
@@ -103,7 +101,7 @@ class _TaskDispatchAdvice(IApplicationContextAware):
 
 
 @_OutermostOrder()
-@LateBoundAspect(covers=_has_sync_tasks)
+@LateBoundAspect(covers=partial(_has_tasks, is_async=False))
 class CeleryTaskDispatchAspect(_TaskDispatchAdvice, IAspect):
     """Dispatches calls of sync ``@task`` methods: one per application context, outermost of all aspects.
 
@@ -120,7 +118,7 @@ class CeleryTaskDispatchAspect(_TaskDispatchAdvice, IAspect):
 
 
 @_OutermostOrder()
-@LateBoundAsyncAspect(covers=_has_async_tasks)
+@LateBoundAsyncAspect(covers=partial(_has_tasks, is_async=True))
 class AsyncCeleryTaskDispatchAspect(_TaskDispatchAdvice, IAsyncAspect):
     """Same as ``CeleryTaskDispatchAspect``, but for ``async def`` methods: the event loop goes on meanwhile."""
 
