@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -388,8 +389,9 @@ def test_a_batch_that_is_broken_off_goes_back(scene: Scene) -> None:
     with pytest.raises(SystemExit):
         reader.read(10)
     assert scene.count("unacked") == 3
+    scene.put("10")
     other = Reader(scene.connect())
-    assert sorted(other.read(7), key=int) == numbers(10)[3:]
+    assert other.read(8) == numbers(11)[3:]
 
 
 def test_messages_without_acknowledgement(scene: Scene) -> None:
@@ -640,6 +642,154 @@ def test_a_message_in_each_of_many_queues_is_not_waited_for(scene: Scene) -> Non
             next(hub.loop)
         (channel,) = (channel for channel in reader.connection.connection.channels if channel.active_queues)
         assert channel._misses == 0
+
+
+def idle_reader(scene: Scene, *queues: str, url: str = "", **options: Any) -> tuple[Hub, Reader, Any]:
+    """Give one that a hub turns for and that waits, and its channel."""
+    hub, reader = hub_reader(scene.connect(url=url, **NEVER), *queues, **options)
+    (channel,) = (channel for channel in reader.connection.connection.channels if channel.active_queues)
+    turn(hub, lambda: is_waiting(channel))
+    return hub, reader, channel
+
+
+def is_waiting(channel: Any) -> bool:
+    return bool(channel._watches) and all(watch.sent_at for watch in channel._watches.values())
+
+
+def test_a_wait_takes_the_message_that_ends_it(scene: Scene) -> None:
+    """Without another question, and with it what came beside it; so it waits again at once."""
+    hub, reader, channel = idle_reader(scene, prefetch=400)
+    with scene.redis.monitor() as monitor:
+        for number in range(3):
+            scene.put(str(number))
+            wait_until(lambda number=number: scene.count("unacked") == number + 1)  # type: ignore[misc]
+            turn(hub, lambda number=number: len(reader.messages) == number + 1 and is_waiting(channel))  # type: ignore[misc]
+        commands = [command["command"] for command in commands_until_now(scene, monitor)]
+    taking = [command for command in commands if command.startswith("EVALSHA") and scene.prefix in command]
+    waiting = [command for command in commands if command.startswith("BLMOVE") and scene.prefix in command]
+    assert reader.texts == ["0", "1", "2"]
+    assert len(taking) == len(waiting) == 3
+
+
+@pytest.mark.parametrize("prefetch", [50, 100, 400])
+def test_what_waits_may_take_counts_against_the_prefetch(scene: Scene, prefetch: int) -> None:
+    """Whichever of several queues the messages come to, and however many there are."""
+    hub, reader = hub_reader(scene.connect(), "a", "b", prefetch=prefetch)
+    (channel,) = (channel for channel in reader.connection.connection.channels if channel.active_queues)
+    turn(hub, lambda: is_waiting(channel))
+    assert 0 < channel.promised <= prefetch // 50
+    for queue in "bab":
+        scene.put(*numbers(prefetch), queue=queue)
+        turn(hub, lambda: scene.count("unacked") >= prefetch)
+        assert scene.count("unacked") == prefetch
+    turn(hub, lambda: len(reader.messages) == prefetch)
+    assert channel.promised == 0
+    for turns in (2, 3):
+        for message in reader.messages[-prefetch:]:
+            message.ack()
+        turn(hub, lambda turns=turns: len(reader.messages) == turns * prefetch)  # type: ignore[misc]
+        assert scene.count("unacked") == prefetch
+
+
+def test_what_a_wait_takes_is_not_restored_too_soon(scene: Scene) -> None:
+    """Its visibility timeout begins when the message comes, and not when the wait began."""
+    idle_reader(scene, prefetch=400)
+    begin = time.time()
+    scene.put("text")
+    wait_until(lambda: scene.count("unacked") == 1)
+    ((_, noted),) = scene.redis.zrange(f"{scene.prefix}unacked_index", 0, -1, withscores=True)
+    assert begin <= noted <= time.time() + 1
+
+
+def test_a_wait_takes_nothing_where_little_may_be_prefetched(scene: Scene) -> None:
+    """Or one queue would keep from the others what they need."""
+    hub, reader, _ = idle_reader(scene, prefetch=49)
+    scene.put("text")
+    scene.redis.ping()
+    assert scene.count("unacked") == 0
+    turn(hub, lambda: len(reader.messages) == 1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 20])
+def test_what_a_wait_has_taken_when_its_channel_is_closed_goes_back(scene: Scene, count: int) -> None:
+    """In order, and without waiting for the wait's end."""
+    _, reader, _ = idle_reader(scene, prefetch=400)
+    scene.put(*numbers(count))
+    wait_until(lambda: scene.count("unacked") == min(count, 1))
+    reader.connection.release()
+    assert scene.count("unacked") == 0
+    assert Reader(scene.connect()).read(count) == numbers(count)
+
+
+def test_messages_that_come_while_a_channel_is_closed(scene: Scene) -> None:
+    """Each is put back, or was never taken."""
+    for number in range(50):
+        _, reader, _ = idle_reader(scene, prefetch=400)
+        putting = threading.Thread(target=scene.put, args=(str(number),))
+        putting.start()
+        reader.connection.release()
+        putting.join()
+        assert scene.count("unacked") == 0
+        assert scene.count("q") == number + 1
+
+
+def test_what_a_wait_takes_from_a_queue_that_is_cancelled_goes_back(scene: Scene) -> None:
+    hub, reader, _ = idle_reader(scene, "a", "b", prefetch=400)
+    reader.consumer.cancel_by_queue("a")
+    scene.put("text", queue="a")
+    wait_until(lambda: scene.count("unacked") == 1)
+    turn(hub, lambda: scene.count("unacked") == 0)
+    assert scene.count("a") == 1
+    scene.put("more", queue="b")
+    turn(hub, lambda: len(reader.messages) == 1)
+    assert reader.texts == ["more"]
+
+
+def test_a_user_who_may_not_wait_has_its_hub_ask(scene: Scene) -> None:
+    with limited_user(scene, "-blmove") as url:
+        hub, reader = hub_reader(scene.connect(url=url), prefetch=400)
+        for count in (1, 2):
+            scene.put("text")
+            turn(hub, lambda count=count: len(reader.messages) == count)  # type: ignore[misc]
+
+
+def test_a_wait_on_a_server_that_has_forgotten_the_script(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brings its message by another question, and the next one knows it."""
+    hub, reader, channel = idle_reader(scene, prefetch=400)
+    digest = hashlib.sha1(scene.prefix.encode(), usedforsecurity=False).hexdigest()
+    monkeypatch.setattr(transport, "_TAKE_DIGEST", digest)
+    scene.put("first")
+    turn(hub, lambda: len(reader.messages) == 1 and is_waiting(channel))
+    scene.put("second")
+    turn(hub, lambda: len(reader.messages) == 2)
+    assert reader.texts == ["first", "second"]
+
+
+def test_a_lost_connection_keeps_no_promise(scene: Scene) -> None:
+    hub, _, channel = idle_reader(scene, prefetch=10_000)
+    assert channel.promised == 200
+    for watch in channel._watches.values():
+        scene.redis.client_kill_filter(laddr=None, addr="{}:{}".format(*watch.connection._sock.getsockname()))
+    with pytest.raises(channel.connection_errors):
+        turn(hub, lambda: False)
+    for watch in channel._watches.values():
+        watch.connection.disconnect()
+    assert channel.promised == 0
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_messages_that_come_to_several_queues_in_one_moment(scene: Scene, order: str) -> None:
+    """One answer brings all, and the other, which brings none, is no reason to rest."""
+    _, reader, channel = idle_reader(scene, "a", "b", prefetch=10_000)
+    scene.put("text", queue="elsewhere")
+    (text,) = scene.queued("elsewhere")
+    with scene.redis.pipeline() as pipe:
+        pipe.lpush(f"{scene.prefix}a", text).lpush(f"{scene.prefix}b", text).execute()
+    wait_until(lambda: scene.count("a") == scene.count("b") == 0)
+    for queue in order:
+        channel.end_watch(channel._watches[queue])
+    assert reader.texts == ["text"] * 2
+    assert channel.rest_s == channel._misses == 0
 
 
 def test_a_crowd_that_waits_is_not_woken_by_each_message(scene: Scene) -> None:

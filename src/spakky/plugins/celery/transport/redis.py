@@ -7,17 +7,21 @@ workers, clients and tools share the queues with it: ``_TAKE`` writes what kombu
 
 import hashlib
 import logging
+import socket
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from random import uniform
+from types import MappingProxyType
 from typing import Any, ClassVar, Final, NamedTuple, override
 
 import redis
 from kombu.transport import redis as stock
 from kombu.transport import virtual
 from kombu.utils.scheduling import priority_cycle
+from redis.connection import SSLConnection
 from redis.exceptions import NoPermissionError, NoScriptError
 
 from spakky.plugins.celery.common.batches import batch
@@ -42,6 +46,16 @@ _SHORTEST_REST_S: Final = 0.0025
 _LONGEST_REST_S: Final = 0.05
 """Time for which a worker that others were faster than does not wait for messages: twice that of the time before, and
 at most so long. Redis wakes all that wait for each message, and who took the last one waits for the next at once."""
+
+_PROMISED_SHARE: Final = 50
+"""Of what may be prefetched one in so many at most is left to waits that take messages themselves: no other queue can
+have it until they end."""
+
+_LONGEST_PROMISE_S: Final = 1.0
+"""Most time in which such a wait ends."""
+
+_LAST_ANSWER_S: Final = 1.0
+"""Most time in which a channel that is closed learns what its waits have taken."""
 
 _TAKE: Final = r"""
 local function decode(raw)
@@ -140,6 +154,15 @@ class QoS(stock.QoS):
         self._acked = self._left[self.channel.server]
 
     @override
+    def can_consume(self) -> bool:
+        return self.can_consume_max_estimate() != 0
+
+    @override
+    def can_consume_max_estimate(self) -> int | None:
+        estimate: int | None = super().can_consume_max_estimate()
+        return None if estimate is None else max(estimate - self.channel.promised, 0)
+
+    @override
     def append(self, message: Any, delivery_tag: str) -> None:
         if self.channel.is_stored:
             message._raw = None  # noqa: SLF001  # what kombu stores, and the body twice
@@ -236,6 +259,8 @@ class Channel(stock.Channel):
         self._removed: tuple[str, ...] = ()
         self._lists: list[str] = []
         self._watches: dict[str, _Watch] = {}
+        self.promised = 0
+        """How many messages watches may take that have not answered yet."""
         self._watch_pool: Any = None
         self._is_drained = False
         self._is_woken = False
@@ -360,21 +385,21 @@ class Channel(stock.Channel):
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
-        self._is_drained = len(taken) < 3 * limit and sum(map(len, taken[1::3])) < _BATCH_BYTES
-        if taken:
-            self._misses = 0
-        elif self._is_woken:
-            self._rest()
-        self._is_woken = False
-        messages = deque(
-            _Taken(self._lists[abs(place) - 1], place > 0, raw, tag)
-            for place, raw, tag in zip(taken[::3], taken[1::3], taken[2::3], strict=True)
-        )
-        self._deliver_batch(messages)
+        self._accept(self._lists, taken, limit)
         for error in removals:
             if isinstance(error, Exception):
                 raise error  # what it should have removed is kept, and sent again
         return bool(taken)
+
+    def _accept(self, lists: list[str], taken: list[Any], limit: int) -> None:
+        """Deliver what the script took from these lists, of so many messages that it was to take at most."""
+        self._is_drained = len(taken) < 3 * limit and sum(map(len, taken[1::3])) < _BATCH_BYTES
+        if taken:
+            self._misses, self._watch_from = 0, 0.0
+        elif self._is_woken:
+            self._rest()
+        self._is_woken = False
+        self._deliver_batch(_to_messages(lists, taken))
 
     def _read_answers(self, limit: int) -> list[Any]:
         """Give what Redis says to the removal of what was acknowledged, if any, and to the script."""
@@ -382,7 +407,7 @@ class Channel(stock.Channel):
         try:
             answers = [self._read_reply(connection) for _ in range(3 if self._removed else 1)]
             if isinstance(answers[-1], NoScriptError | NoPermissionError):
-                connection.send_command(*self._to_take("EVAL", _TAKE, limit))
+                connection.send_command(*self._to_take("EVAL", _TAKE, self._lists, limit, time.time()))
                 answers[-1] = self._read_reply(connection)
         except self.connection_errors:
             connection.disconnect()
@@ -409,7 +434,7 @@ class Channel(stock.Channel):
         self._limit = _BATCH if estimate is None else min(_BATCH, estimate)
         connection = self._in_poll = self.client.connection
         self._brpop_sent_at = time.monotonic()
-        commands = [self._to_take("EVALSHA", _TAKE_DIGEST, self._limit)]
+        commands = [self._to_take("EVALSHA", _TAKE_DIGEST, self._lists, self._limit, time.time())]
         tags = self._removed = qos.acknowledged
         if tags:
             # In this order, without a transaction: what is in the index alone is nothing to restore.
@@ -418,11 +443,11 @@ class Channel(stock.Channel):
             commands[:0] = [(name, self.global_keyprefix + key, *tags) for name, key in removals]
         connection.send_packed_command(_pack(connection, commands))
 
-    def _to_take(self, command: str, script: str, limit: int) -> tuple[object, ...]:
+    def _to_take(self, command: str, script: str, lists: list[str], limit: int, now: float) -> tuple[object, ...]:
         is_fair = not isinstance(self._queue_cycle, priority_cycle)
-        width = len(self._lists) // len(self.priority_steps) if is_fair else 1
-        keys = [self.global_keyprefix + key for key in (self.unacked_key, self.unacked_index_key, *self._lists)]
-        return command, script, len(keys), *keys, limit, time.time(), width, _BATCH_BYTES
+        width = len(lists) // len(self.priority_steps) if is_fair else 1
+        keys = [self.global_keyprefix + key for key in (self.unacked_key, self.unacked_index_key, *lists)]
+        return command, script, len(keys), *keys, limit, now, width, _BATCH_BYTES
 
     def _queue_lists(self) -> list[str]:
         queues = self._queue_cycle.consume(len(self.active_queues))
@@ -443,9 +468,7 @@ class Channel(stock.Channel):
                     else:
                         _tell_aside(taken.raw, taken.key)
         finally:
-            for taken in messages:  # what was accepted last has ended the worker
-                if taken.is_stored:
-                    qos.restore_by_tag(taken.tag, leftmost=True)
+            self._put_back(messages)  # what was accepted last has ended the worker
 
     def _deliver_stored(self, message: dict[str, Any], queue: str) -> None:
         self.is_stored = True
@@ -458,11 +481,35 @@ class Channel(stock.Channel):
         """Have Redis tell when a message comes, of any priority."""
         if self.rest_s > 0:
             return
-        for key in self._queue_lists():
+        lists = self._queue_lists()
+        for key in lists:
             watch = self._watches.get(key)
             if watch is None:
                 watch = self._watches[key] = _Watch(self, key)
-            watch.start(self.brpop_timeout or 0)
+            if watch.sent_at is None:
+                self._start_watch(watch, lists)
+
+    def _start_watch(self, watch: "_Watch", lists: list[str]) -> None:
+        timeout_s, limit = self.brpop_timeout or 0, self._to_promise(watch)
+        if not limit:
+            watch.start(timeout_s)
+            return
+        timeout_s = min(timeout_s or _LONGEST_PROMISE_S, _LONGEST_PROMISE_S)
+        # The visibility timeout of what it takes begins when it ends at the latest: it is not to be over too soon.
+        watch.start(timeout_s, self._to_take("EVALSHA", _TAKE_DIGEST, lists, limit, time.time() + timeout_s))
+        watch.promise(lists, limit)
+
+    def _to_promise(self, watch: "_Watch") -> int:
+        """How many messages a wait may take itself.
+
+        None of a channel that no hub turns for, which may be left as it is at any time, and none over TLS, which cannot
+        be half closed.
+        """
+        if not (self.flushes and watch.can_half_close):
+            return 0
+        qos: Any = self.qos
+        free = virtual.QoS.can_consume_max_estimate(qos)
+        return _BATCH if free is None else max(min(_BATCH, free // _PROMISED_SHARE - self.promised), 0)
 
     @property
     def watch_pool(self) -> Any:
@@ -473,19 +520,19 @@ class Channel(stock.Channel):
         return self._watch_pool
 
     def end_watch(self, watch: "_Watch") -> None:
-        """Read the answer of a watch."""
-        watch.sent_at = None
-        try:
-            found = self._read(watch, "BLMOVE")
-        except self.ResponseError as error:
-            # Such as a server that is out of memory: nobody can write then, but what is there can be taken.
-            if not self._is_refusal_told:
-                self._is_refusal_told = True
-                logger.warning("Redis cannot be waited on, and is asked each second: %s", error)
-            self._watch_from = time.monotonic() + _REFUSED_S
-            self._is_drained = False
+        """Read the answer of a watch, and of the script that may have followed it."""
+        lists, limit = watch.end()
+        found, taken = self._read_watch(watch, limit)
+        is_woken = found is not None
+        if isinstance(found, Exception):
+            is_woken = False
+            self._note_refusal(found)
+        if isinstance(taken, list):
+            self._is_woken = is_woken and not self._has_taken
+            self._has_taken |= bool(taken)
+            self._accept(lists, taken, limit)
             return
-        if found is None:
+        if not is_woken:
             return
         self._is_drained = False
         if self._has_taken or not self.connection.cycle.can_take(self):
@@ -494,11 +541,22 @@ class Channel(stock.Channel):
         self._take()
         self._brpop_read()  # its answer comes at once, and a turn of the hub takes as long
 
-    def _read(self, client: Any, command: str) -> Any:
+    def _note_refusal(self, error: Exception) -> None:
+        # Such as a server that is out of memory: nobody can write then, but what is there can be taken.
+        if not self._is_refusal_told:
+            self._is_refusal_told = True
+            logger.warning("Redis cannot be waited on, and is asked each second: %s", error)
+        self._watch_from = time.monotonic() + _REFUSED_S
+        self._is_drained = False
+
+    def _read_watch(self, watch: "_Watch", limit: int) -> tuple[Any, Any]:
+        """Give what Redis says to the wait, and to the script, if one followed: errors as they are."""
+        connection = watch.connection
         try:
-            return self.client.parse_response(client.connection, command)
+            found = self._read_reply(connection)
+            return found, self._read_reply(connection) if limit else None
         except self.connection_errors:
-            client.connection.disconnect()
+            connection.disconnect()
             raise
 
     @property
@@ -524,10 +582,37 @@ class Channel(stock.Channel):
             super()._poll_error(type, **options)
 
     @override
+    def close(self) -> None:
+        if self.is_attached and not self.closed:
+            self._take_back_promises()
+        super().close()
+
+    def _take_back_promises(self) -> None:
+        """Have waits end, and put back what they have taken meanwhile.
+
+        Redis answers to what it has done, and does nothing more, when it reads that nothing more will be asked.
+        """
+        for watch in [watch for watch in self._watches.values() if watch.limit]:
+            lists, limit = watch.end()
+            with suppress(*self.connection_errors):
+                watch.connection._sock.shutdown(socket.SHUT_WR)  # noqa: SLF001  # redis-py has no half of a close
+                if watch.connection.can_read(timeout=_LAST_ANSWER_S):
+                    _, taken = self._read_watch(watch, limit)
+                    if isinstance(taken, list):
+                        self._put_back(_to_messages(lists, taken))
+
+    def _put_back(self, messages: "deque[_Taken]") -> None:
+        """Have these taken next, in their order."""
+        qos: Any = self.qos
+        for taken in reversed(messages):
+            if taken.is_stored:
+                qos.restore_by_tag(taken.tag)
+
+    @override
     def _on_connection_disconnect(self, connection: Any) -> None:
         for watch in self._watches.values():
             if watch.connection is connection:
-                watch.sent_at = None
+                watch.end()
         super()._on_connection_disconnect(connection)
 
     @override
@@ -536,8 +621,17 @@ class Channel(stock.Channel):
         self._pusher = None
         watches, self._watches = self._watches, {}
         for watch in watches.values():
+            watch.end()
             watch.connection.disconnect()
         self._watch_pool = None
+
+
+def _to_messages(lists: list[str], taken: Sequence[Any]) -> "deque[_Taken]":
+    """Make messages of the script's answer."""
+    return deque(
+        _Taken(lists[abs(place) - 1], place > 0, raw, tag)
+        for place, raw, tag in zip(taken[::3], taken[1::3], taken[2::3], strict=True)
+    )
 
 
 def _pack(connection: Any, commands: Sequence[Sequence[Any]]) -> list[bytes]:
@@ -605,18 +699,46 @@ class _Watch:
         self.connection_pool = channel.watch_pool
         self.connection = self.connection_pool.get_connection()
         self.sent_at: float | None = None
+        self.limit = 0
+        """How many messages it may take when it ends."""
+        self._lists: list[str] = []
 
-    def start(self, timeout_s: float) -> None:
-        """Wait so long for a message, unless it waits already."""
-        if self.sent_at is not None:
-            return
+    @property
+    def can_half_close(self) -> bool:
+        """Whether it can be ended so that it tells what it has taken."""
+        return not isinstance(self.connection, SSLConnection)
+
+    def start(self, timeout_s: float, *then: Sequence[object]) -> None:
+        """Wait so long for a message, and have Redis do what is said then, as soon as it ends."""
         self._channel.connection.cycle.register_watch(self._channel, self)
-        self.connection.send_command("BLMOVE", self._key, self._key, "RIGHT", "RIGHT", timeout_s)
+        wait = ("BLMOVE", self._key, self._key, "RIGHT", "RIGHT", timeout_s)
+        self.connection.send_packed_command(_pack(self.connection, [wait, *then]))
         self.sent_at = time.monotonic()
+
+    def promise(self, lists: list[str], limit: int) -> None:
+        """Note that it takes so many messages from these lists when it ends."""
+        self._lists, self.limit = lists, limit
+        self._channel.promised += limit
+
+    def end(self) -> tuple[list[str], int]:
+        """Note that it does not wait any more, and give from which lists it was to take how many messages."""
+        limit, self.limit, self.sent_at = self.limit, 0, None
+        self._channel.promised -= limit
+        return self._lists, limit
 
 
 class _Poller(stock.MultiChannelPoller):
     """Sends acknowledgements before it takes more, and knows watches."""
+
+    readers: Mapping[int, object] = MappingProxyType({})
+    """What the hub calls for each descriptor, if one turns."""
+    reader: Callable[[int], object] | None = None
+    """What it is to call for those of this poller."""
+
+    @property
+    def fds(self) -> Any:
+        """Descriptors that the hub does not read yet: kombu adds them again each turn, which takes longer than it."""
+        return [fd for fd in self._fd_to_chan if self.readers.get(fd) != (self.reader, (fd,))]
 
     @override
     def on_poll_start(self) -> None:
@@ -683,6 +805,7 @@ class Transport(stock.Transport):
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         self.has_hub = True
         self._hub = loop
+        self.cycle.readers, self.cycle.reader = loop.readers, self.on_readable
         super().register_with_event_loop(connection, loop)
 
     def turn_in(self, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context
@@ -15,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 _MOST: Final = 16
 """Calls in one turn of the loop: everything else on it waits for them."""
+
+_LITTLE: Final = 2
+"""Calls that a batch's thread lets begin before it goes on: with more of them it would rather fetch what comes next."""
 
 
 class LoopCalls:
@@ -32,8 +36,15 @@ class LoopCalls:
     def put(self, call: Callable[[], object]) -> None:
         """Have the loop make a call; from any thread. In a batch the loop is woken once, at its end."""
         self._calls.append(call)
-        if not self._is_woken and not at_batch_end(self._wake):
+        if not self._is_woken and not at_batch_end(self._hand_over):
             self._wake()
+
+    def _hand_over(self) -> None:
+        """Wake the loop, and let it begin if little has come, which would wait for the interpreter lock otherwise."""
+        is_little = len(self._calls) <= _LITTLE
+        self._wake()
+        if is_little:
+            time.sleep(0)
 
     def _wake(self) -> None:
         if self._calls and not self._is_woken:
