@@ -45,7 +45,7 @@ def begin(celery: Celery, **request: Any) -> Run:
     context = {"id": str(uuid4()), "retries": 0, "delivery_info": {}, **request}
     task.request_stack.push(Context(context))
     try:
-        return Run(task, task.name)
+        return Run(task, task.request, task.name)
     finally:
         task.request_stack.pop()
 

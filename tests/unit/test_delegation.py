@@ -87,7 +87,8 @@ def test_in_a_run_the_hop_is_its_task(celery: Celery) -> None:
         """Nothing: the run is what matters."""
 
     def begin() -> None:
-        run = Run(celery.task(go, name="shop.Outer.go", shared=False), "shop.Outer.go")
+        task = celery.task(go, name="shop.Outer.go", shared=False)
+        run = Run(task, task.request, "shop.Outer.go")
         CURRENT_RUN.set(run)
         assert delegation_chain_of(sign(celery, handed_on('["web"]'))) == ("web", "shop.Outer.go")
         run.end()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
@@ -65,6 +66,31 @@ def test_any_json(value: Any) -> None:
     """Numbers that JSON does not have, too, which Python writes all the same."""
     read, expected = (loads(json.dumps([value])) for loads in (loads_json, kombu_json.loads))
     assert repr(read) == repr(expected)
+
+
+@given(st.text('{}[]",:\\u0123456789eE+-.tfnulrasIiNy \n\x00ä'))
+def test_any_text(text: str) -> None:
+    """What is taken, and as what, is as kombu has it."""
+    assert _read(loads_json, text) == _read(kombu_json.loads, text)
+
+
+@given(st.from_regex(r"-?[0-9]{1,30}(\.[0-9]{1,40})?([eE][-+]?[0-9]{1,3})?", fullmatch=True))
+def test_any_number(text: str) -> None:
+    """To its last bit."""
+    assert _read(loads_json, text) == _read(kombu_json.loads, text)
+
+
+def _read(loads: Callable[[str], Any], text: str) -> str:
+    try:
+        return repr(loads(text))
+    except ValueError:
+        return "none"
+
+
+def test_deep_nesting() -> None:
+    """Deeper than Pydantic's parser goes."""
+    text = "[" * 300 + "]" * 300
+    assert loads_json(text) == kombu_json.loads(text)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1,]", '{"__type__": "nothing of kombu", "__value__": 1}', "nul"])

@@ -184,8 +184,9 @@ class TaskExecution:
         """
         self._application_context.clear_context()
         self._application_context.set_context_value(CELERY_TASK_CONTEXT_KEY, True)  # noqa: FBT003  # the host's signature
-        CURRENT_RUN.set(Run(task, method.name))
-        headers: dict[str, Any] = task.request.headers or {}
+        request = task.request
+        CURRENT_RUN.set(Run(task, request, method.name))
+        headers: dict[str, Any] = request.headers or {}
         self._enter_trace(headers)
         try:
             self._authorize(task, method, headers)

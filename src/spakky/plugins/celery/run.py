@@ -4,6 +4,7 @@ import threading
 import time
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from typing import Any
 
 from celery import Task
 
@@ -24,11 +25,12 @@ _CHANGES = threading.Lock()
 class Run:
     """One execution of one task in a worker. What nobody asks of it costs nothing."""
 
-    def __init__(self, task: Task, name: str) -> None:
+    def __init__(self, task: Task, request: Any, name: str) -> None:
         """Describe the run that a Celery task's ``request`` is about; the worker calls this as the run begins.
 
         Args:
             task: The Celery task.
+            request: Its request.
             name: Name of the task.
         """
         self.name = name
@@ -36,7 +38,7 @@ class Run:
         self.has_ended = False
         """Whether the run is over, for whatever of it is left."""
         self._task = task
-        self._request = task.request
+        self._request = request
         self._began_s = time.time()
         self._is_muted = False
         self._reporter: ProgressReporter | None = None

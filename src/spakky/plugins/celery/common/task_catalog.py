@@ -69,10 +69,10 @@ class TaskCatalog:
         Raises:
             AmbiguousHandlerPodError: If the message names a Pod that the handler does not have.
         """
-        pods = self.pods_of(method.handler)
-        if named is not None and named not in pods:
-            raise AmbiguousHandlerPodError(method.name, pods)
+        pods = self._pods.get(method.handler, ())
         if named is not None:
+            if named not in pods:
+                raise AmbiguousHandlerPodError(method.name, tuple(pods))
             return str(named)
         return pods[0] if len(pods) == 1 else None
 

@@ -10,6 +10,7 @@ import logging
 import socket
 import sys
 import time
+from binascii import a2b_base64
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -116,6 +117,8 @@ JSON for Python in there is put aside by the worker.
 
 _TAKE_DIGEST: Final = hashlib.sha1(_TAKE.encode(), usedforsecurity=False).hexdigest()
 """What Redis calls the script by, once it knows it."""
+
+_BASE64: Final = "base64"
 
 _ASIDE: Final = ".undecodable"
 """What the names of lists end with that messages are moved aside to."""
@@ -251,7 +254,7 @@ class Channel(stock.Channel):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.is_stored = False
-        """Whether the message that is delivered is in ``unacked`` already."""
+        """Whether messages that are delivered are in ``unacked`` already."""
         self._sync_client: Any = None
         self._pusher: Any = None
         self._unacknowledged: set[str] = set()
@@ -269,6 +272,12 @@ class Channel(stock.Channel):
         self._watch_from = 0.0
         self._is_refusal_told = False
         super().__init__(*args, **kwargs)
+
+    @override
+    def decode_body(self, body: Any, encoding: Any = None) -> Any:
+        if encoding == _BASE64 and type(body) is str and type(self.codecs.get(_BASE64)) is virtual.Base64:
+            return a2b_base64(body.encode())  # what kombu's codec comes to
+        return super().decode_body(body, encoding)
 
     @override
     def _next_delivery_tag(self) -> str:
@@ -455,27 +464,26 @@ class Channel(stock.Channel):
 
     def _deliver_batch(self, messages: "deque[_Taken]") -> None:
         qos: Any = self.qos
+        deliver = self.connection._deliver  # noqa: SLF001  # kombu's transports are made of such parts
+        key = queue = ""
+        self.is_stored = True
         try:
             with batch():
                 for message in _read(messages):
                     taken = messages.popleft()
-                    queue = taken.key.rsplit(self.sep, 1)[0]
-                    self._queue_cycle.rotate(queue)
+                    if taken.key != key:
+                        key = taken.key
+                        queue = key.rsplit(self.sep, 1)[0]
+                        self._queue_cycle.rotate(queue)
                     if message is not None:
-                        self._deliver_stored(message, queue)
+                        deliver(message, queue)
                     elif taken.is_stored:
-                        qos.put_aside(taken.tag, taken.key, taken.raw)
+                        qos.put_aside(taken.tag, key, taken.raw)
                     else:
-                        _tell_aside(taken.raw, taken.key)
-        finally:
-            self._put_back(messages)  # what was accepted last has ended the worker
-
-    def _deliver_stored(self, message: dict[str, Any], queue: str) -> None:
-        self.is_stored = True
-        try:
-            self.connection._deliver(message, queue)  # noqa: SLF001  # kombu's transports are made of such parts
+                        _tell_aside(taken.raw, key)
         finally:
             self.is_stored = False
+            self._put_back(messages)  # what was accepted last has ended the worker
 
     def _watch(self) -> None:
         """Have Redis tell when a message comes, of any priority."""

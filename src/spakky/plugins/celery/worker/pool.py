@@ -305,6 +305,8 @@ class AsyncioPool(BasePool):  # type: ignore[misc]  # the host ships no types
         self.discard(run)
         with self._admission:
             self._on_loop -= 1
+            if not self._waiting:
+                return
         self._start_waiting()
 
     def tell(self, callback: Callable[..., object] | None, *args: object) -> None:

@@ -143,13 +143,19 @@ class QuickRequest(Request):  # type: ignore[misc]  # the host ships no types
 
     @override
     def execute_using_pool(self, pool: Any, **_: Any) -> Any:
-        if self.revoked():
+        if (self._already_revoked or self.id in state.revoked) and self.revoked():
             raise TaskRevokedError(self.id)
         hard, soft = self.time_limits
         task = self._task
         run = pool.run_body_first(self.first, self, soft or task.soft_time_limit, hard or task.time_limit)
         self._apply_result = ref(run)
         return run
+
+    @override
+    def send_event(self, type: str, **fields: Any) -> Any:
+        if sends_events(self._eventer, self._task):
+            return super().send_event(type, **fields)
+        return None
 
     @override
     def on_accepted(self, pid: int, time_accepted: float) -> None:
