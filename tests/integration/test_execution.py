@@ -337,6 +337,35 @@ def test_a_propagator_that_fails_costs_no_task() -> None:
         started.stop()
 
 
+@pytest.mark.parametrize(("scope", "made"), [(Pod.Scope.SINGLETON, 1), (Pod.Scope.PROTOTYPE, 3)])
+def test_a_propagator_is_made_as_often_as_its_scope_says(scope: Pod.Scope, made: int) -> None:
+    """A run that another one's propagator served would see what that keeps."""
+    seen: list[ITracePropagator] = []
+
+    @Primary()
+    @Pod(scope=scope)
+    class Own(ITracePropagator):
+        @override
+        def inject(self, carrier: dict[str, str]) -> None: ...
+
+        @override
+        def extract(self, carrier: dict[str, str]) -> TraceContext | None:
+            seen.append(self)
+            return None
+
+        @override
+        def fields(self) -> list[str]:
+            return ["traceparent"]
+
+    started = build(Looks, Verifier, Own).start()
+    try:
+        for _ in range(3):
+            run(started, "look")
+    finally:
+        started.stop()
+    assert len(set(map(id, seen))) == made
+
+
 async def test_results_are_awaited_without_blocking() -> None:
     """get_async waits for a result, or for an error, that comes while it polls."""
     started = await asyncio.to_thread(build(Looks, Verifier).start)

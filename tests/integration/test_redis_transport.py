@@ -257,6 +257,7 @@ NOT_PYTHONS = {
     "a number that is JSON for Redis alone": raw_message(priority="nan"),
     "a line break in a text": raw_message(priority='"\n"'),
     "a tag that is no UTF-8": raw_message(delivery_tag='"\xff"'),
+    "a tag of two lines": raw_message(delivery_tag=r'"one\ntwo"'),
     "a type that kombu does not know": raw_message(priority='{"__type__": [], "__value__": 1}'),
     "an exchange that is no number": raw_message(delivery_info='{"exchange": nan, "routing_key": "q"}'),
     "an exchange that is a list": raw_message(delivery_info='{"exchange": [], "routing_key": "q"}'),

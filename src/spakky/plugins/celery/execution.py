@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Mapping
 from contextvars import Context, copy_context
 from dataclasses import replace
 from datetime import timedelta
+from functools import cached_property
 from inspect import isawaitable
 from logging import getLogger
 from typing import Any, Final
@@ -78,6 +79,7 @@ class TaskExecution:
         self._ports = ports
         self._audit = AuthAudit(application_context)
         self._made: dict[str, object] = {}
+        self._propagator: ITracePropagator | None = None
 
     def run(self, task: Task, method: TaskMethod, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Run a task's body with every aspect around it, in a context of its own, and return what it returned.
@@ -226,9 +228,21 @@ class TaskExecution:
 
     def _enter_trace(self, headers: dict[str, object]) -> None:
         """Continue the caller's trace; what cannot be continued starts a new one."""
-        propagator = self._application_context.get_or_none(ITracePropagator)  # type: ignore[type-abstract]  # looked up by its interface
+        propagator = self._propagator or self._find_propagator()
         parent = None if propagator is None else _extract(propagator, headers)
         TraceContext.set(_to_child(parent))
+
+    def _find_propagator(self) -> ITracePropagator | None:
+        found = self._application_context.get_or_none(ITracePropagator)  # type: ignore[type-abstract]  # looked up by its interface
+        if found is not None and self._is_propagator_kept:
+            self._propagator = found
+        return found
+
+    @cached_property
+    def _is_propagator_kept(self) -> bool:
+        """Whether the container would give the same propagator to every run."""
+        pods = [pod for pod in self._application_context.pods.values() if isinstance(pod.type_, type)]
+        return all(pod.scope is Pod.Scope.SINGLETON for pod in pods if issubclass(pod.type_, ITracePropagator))
 
     def _authorize(self, task: Task, method: TaskMethod, headers: dict[str, str]) -> None:
         """Seed the identity and decide, and tell of what was decided: once for each run."""

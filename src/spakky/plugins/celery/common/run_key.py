@@ -5,7 +5,7 @@ from typing import Any
 
 from celery import _state
 
-__all__ = ["RUN_KEY", "current_key", "enter_stack", "key_by_run", "leave_stack"]
+__all__ = ["RUN_KEY", "current_key", "key_by_run", "storage_of"]
 
 RUN_KEY: ContextVar[object] = ContextVar("RUN_KEY", default=None)
 """The key of this context's run in Celery's stacks; None outside of bodies on an event loop."""
@@ -37,17 +37,8 @@ def key_by_run(stack: Any = None) -> bool:
     return True
 
 
-def enter_stack(stack: Any, key: object, value: object) -> None:
-    """Do what pushing a value to a stack does where this key has nothing on it, in a quarter of the time."""
-    _storage(stack)[key] = {"stack": [value]}
-
-
-def leave_stack(stack: Any, key: object) -> None:
-    """Remove all that a key has on a stack."""
-    _storage(stack).pop(key, None)
-
-
-def _storage(stack: Any) -> dict[object, dict[str, list[object]]]:
+def storage_of(stack: Any) -> dict[object, dict[str, list[object]]]:
+    """Give what a stack of Celery's has, by key."""
     storage: dict[object, dict[str, list[object]]] = stack._local.__storage__  # noqa: SLF001  # Celery's LocalStack
     return storage
 

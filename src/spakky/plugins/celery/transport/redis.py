@@ -11,12 +11,13 @@ import socket
 import sys
 import time
 from binascii import a2b_base64
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from random import uniform
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, NamedTuple, override
+from typing import Any, ClassVar, Final, override
 
 import redis
 from kombu.transport import redis as stock
@@ -69,7 +70,7 @@ local function decode(raw)
   return cjson.decode(raw)
 end
 local limit, now, width, bytes = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-local taken, count = {}, 0
+local texts, places, lengths, tags, aside, count = {}, {}, {}, {}, {}, 0
 for first = 3, #KEYS, width do
   local found = true
   while found and count < limit do
@@ -87,28 +88,39 @@ for first = 3, #KEYS, width do
         local exchange = type(delivery) == 'table' and delivery.exchange
         local routing_key = type(delivery) == 'table' and delivery.routing_key
         local routed = type(exchange) == 'string' and type(routing_key) == 'string' and exchange .. routing_key ~= ''
-        if type(tag) == 'string' and routed then
+        if type(tag) == 'string' and not string.find(tag, '\n', 1, true) and routed then
           redis.call('ZADD', KEYS[2], now, tag)
           local route = cjson.encode(exchange) .. ',' .. cjson.encode(routing_key)
           redis.call('HSET', KEYS[1], tag, '[' .. raw .. ',' .. route .. ']')
-          taken[3 * count - 2] = key - 2
+          texts[#texts + 1] = raw
+          places[#places + 1] = key - 3
+          lengths[#lengths + 1] = #raw
+          tags[#tags + 1] = tag
         else
           redis.call('LPUSH', KEYS[key] .. '.undecodable', raw)
-          taken[3 * count - 2] = 2 - key
+          aside[#aside + 1] = key - 3
+          aside[#aside + 1] = #raw
         end
-        taken[3 * count - 1] = raw
-        taken[3 * count] = type(tag) == 'string' and tag or ''
       end
     end
   end
 end
-return taken
+if count == 0 then
+  return {}
+end
+local function join(values)
+  return table.concat(values, ' ')
+end
+return {'[' .. table.concat(texts, ',') .. ']', join(places), join(lengths), table.concat(tags, '\n'), join(aside)}
 """
 """Moves up to ARGV[1] messages from the lists KEYS[3..] into ``unacked`` KEYS[1] and its index KEYS[2].
 
 None after the one with which they are ARGV[4] bytes or more. The lists are ordered as BRPOP would try them; among
-ARGV[3] neighbours one is taken from each in turn. The answer has for each message the number of its list, itself, and
-its tag. One that no worker could ever read is moved aside, its list negative.
+ARGV[3] neighbours one is taken from each in turn. A message that no worker could ever read is moved aside.
+
+The answer is empty if there are none, else it has few strings, because redis-py takes as long for each as a message's
+JSON takes: one array of JSON with all messages; for each the number of its list; its length; its tag; and for each that
+was moved aside the number of its list and its length.
 
 A large message is decoded without its body, which kombu writes first: where a text starts so, all up to the next quote
 is in one string of JSON, if there is no backslash before it, and reads the same with nothing in that string. What is no
@@ -169,7 +181,9 @@ class QoS(stock.QoS):
     def append(self, message: Any, delivery_tag: str) -> None:
         if self.channel.is_stored:
             message._raw = None  # noqa: SLF001  # what kombu stores, and the body twice
-            virtual.QoS.append(self, message, delivery_tag)
+            if self._dirty:
+                self._flush()
+            self._quick_append(delivery_tag, message)
         else:
             super().append(message, delivery_tag)
 
@@ -205,7 +219,7 @@ class QoS(stock.QoS):
         """Have nobody take a message again that cannot be read."""
         with self.pipe_or_acquire() as pipe:
             pipe.lpush(key + _ASIDE, raw).zrem(self.unacked_index_key, tag).hdel(self.unacked_key, tag).execute()
-        _tell_aside(raw, key)
+        _tell_aside(len(raw), key)
 
     def flush(self) -> None:
         """Remove from Redis what was acknowledged.
@@ -390,25 +404,26 @@ class Channel(stock.Channel):
             return super()._brpop_read(**options)
         limit, self._limit = self._limit, 0
         try:
-            *removals, taken = self._read_answers(limit)
+            *removals, answer = self._read_answers(limit)
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
-        self._accept(self._lists, taken, limit)
+        taken = _Taken(self._lists, answer)
+        self._accept(taken, limit)
         for error in removals:
             if isinstance(error, Exception):
                 raise error  # what it should have removed is kept, and sent again
         return bool(taken)
 
-    def _accept(self, lists: list[str], taken: list[Any], limit: int) -> None:
-        """Deliver what the script took from these lists, of so many messages that it was to take at most."""
-        self._is_drained = len(taken) < 3 * limit and sum(map(len, taken[1::3])) < _BATCH_BYTES
+    def _accept(self, taken: "_Taken", limit: int) -> None:
+        """Deliver what the script took, of so many messages that it was to take at most."""
+        self._is_drained = len(taken) < limit and taken.size < _BATCH_BYTES
         if taken:
             self._misses, self._watch_from = 0, 0.0
         elif self._is_woken:
             self._rest()
         self._is_woken = False
-        self._deliver_batch(_to_messages(lists, taken))
+        self._deliver_batch(taken)
 
     def _read_answers(self, limit: int) -> list[Any]:
         """Give what Redis says to the removal of what was acknowledged, if any, and to the script."""
@@ -462,28 +477,29 @@ class Channel(stock.Channel):
         queues = self._queue_cycle.consume(len(self.active_queues))
         return [self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]
 
-    def _deliver_batch(self, messages: "deque[_Taken]") -> None:
+    def _deliver_batch(self, taken: "_Taken") -> None:
         qos: Any = self.qos
         deliver = self.connection._deliver  # noqa: SLF001  # kombu's transports are made of such parts
         key = queue = ""
+        begun = 0
+        for aside, length in taken.aside:
+            _tell_aside(length, aside)
         self.is_stored = True
         try:
             with batch():
-                for message in _read(messages):
-                    taken = messages.popleft()
-                    if taken.key != key:
-                        key = taken.key
+                for message, found_in in zip(taken.read(), taken.keys, strict=True):
+                    begun += 1
+                    if found_in != key:
+                        key = found_in
                         queue = key.rsplit(self.sep, 1)[0]
                         self._queue_cycle.rotate(queue)
                     if message is not None:
                         deliver(message, queue)
-                    elif taken.is_stored:
-                        qos.put_aside(taken.tag, key, taken.raw)
                     else:
-                        _tell_aside(taken.raw, key)
+                        qos.put_aside(taken.tags[begun - 1], key, taken.raws[begun - 1])
         finally:
             self.is_stored = False
-            self._put_back(messages)  # what was accepted last has ended the worker
+            self._put_back(taken.tags[begun:])  # what was accepted last has ended the worker
 
     def _watch(self) -> None:
         """Have Redis tell when a message comes, of any priority."""
@@ -530,15 +546,16 @@ class Channel(stock.Channel):
     def end_watch(self, watch: "_Watch") -> None:
         """Read the answer of a watch, and of the script that may have followed it."""
         lists, limit = watch.end()
-        found, taken = self._read_watch(watch, limit)
+        found, answer = self._read_watch(watch, limit)
         is_woken = found is not None
         if isinstance(found, Exception):
             is_woken = False
             self._note_refusal(found)
-        if isinstance(taken, list):
+        if isinstance(answer, list):
+            taken = _Taken(lists, answer)
             self._is_woken = is_woken and not self._has_taken
             self._has_taken |= bool(taken)
-            self._accept(lists, taken, limit)
+            self._accept(taken, limit)
             return
         if not is_woken:
             return
@@ -605,16 +622,15 @@ class Channel(stock.Channel):
             with suppress(*self.connection_errors):
                 watch.connection._sock.shutdown(socket.SHUT_WR)  # noqa: SLF001  # redis-py has no half of a close
                 if watch.connection.can_read(timeout=_LAST_ANSWER_S):
-                    _, taken = self._read_watch(watch, limit)
-                    if isinstance(taken, list):
-                        self._put_back(_to_messages(lists, taken))
+                    _, answer = self._read_watch(watch, limit)
+                    if isinstance(answer, list):
+                        self._put_back(_Taken(lists, answer).tags)
 
-    def _put_back(self, messages: "deque[_Taken]") -> None:
-        """Have these taken next, in their order."""
+    def _put_back(self, tags: Sequence[bytes]) -> None:
+        """Have these messages taken next, in their order."""
         qos: Any = self.qos
-        for taken in reversed(messages):
-            if taken.is_stored:
-                qos.restore_by_tag(taken.tag)
+        for tag in reversed(tags):
+            qos.restore_by_tag(tag)
 
     @override
     def _on_connection_disconnect(self, connection: Any) -> None:
@@ -634,58 +650,63 @@ class Channel(stock.Channel):
         self._watch_pool = None
 
 
-def _to_messages(lists: list[str], taken: Sequence[Any]) -> "deque[_Taken]":
-    """Make messages of the script's answer."""
-    return deque(
-        _Taken(lists[abs(place) - 1], place > 0, raw, tag)
-        for place, raw, tag in zip(taken[::3], taken[1::3], taken[2::3], strict=True)
-    )
-
-
 def _pack(connection: Any, commands: Sequence[Sequence[Any]]) -> list[bytes]:
     """Make one piece of commands: redis-py sends each 6 kB by itself."""
     return [b"".join(connection.pack_commands(commands))]
 
 
-class _Taken(NamedTuple):
-    """A message that was moved out of its list."""
+class _Taken:
+    """What the script has taken, and answered."""
 
-    key: str
-    is_stored: bool
-    """Whether it is in ``unacked``; else it was moved aside."""
-    raw: bytes
-    tag: bytes
+    def __init__(self, lists: list[str], answer: list[bytes]) -> None:
+        """Keep what ``_TAKE`` says of messages in these lists."""
+        self._text, places, lengths, tags, aside = answer or (b"[]", b"", b"", b"", b"")
+        self.keys = [lists[int(place)] for place in places.split()]
+        """For each message in ``unacked`` the list that it was in."""
+        self.tags = tags.split(b"\n") if self.keys else []
+        numbers = [int(number) for number in aside.split()]
+        self.aside = [(lists[place], length) for place, length in zip(numbers[::2], numbers[1::2], strict=True)]
+        """List and length of each message that the script has moved aside."""
+        self.size = len(self._text) + sum(numbers[1::2])
+        """Bytes of all messages, about."""
+        self._lengths = lengths
 
-    def read(self) -> dict[str, Any] | None:
-        """Give it as kombu reads it; None where the server has read something else in it."""
+    def __len__(self) -> int:
+        return len(self.keys) + len(self.aside)
+
+    @cached_property
+    def raws(self) -> list[bytes]:
+        """The messages in ``unacked``, as they are in a list."""
+        found, at = [], 1
+        for length in map(int, self._lengths.split()):
+            found.append(self._text[at : at + length])
+            at += length + 1
+        return found
+
+    def read(self) -> list[dict[str, Any] | None]:
+        """Give the messages in ``unacked`` as kombu reads them; None where the server has read something else in one.
+
+        In what is decoded at once each name is made once: names are a fifth of the memory that a message takes.
+        """
         try:
-            message: dict[str, Any] = loads_json(self.raw.decode())
-            return message if self.is_of(message) else None
-        except Exception:  # noqa: BLE001  # whatever it is that Python's JSON does not take
-            return None
-
-    def is_of(self, message: dict[str, Any]) -> bool:
-        """Whether the server has read the same in it."""
-        return self.is_stored and bool(message["properties"]["delivery_tag"].encode() == self.tag)
+            found: list[dict[str, Any]] = loads_json(self._text.decode())
+            if [message["properties"]["delivery_tag"].encode() for message in found] == self.tags:
+                return list(found)
+        except Exception:  # noqa: BLE001, S110  # one is odd: which, is found out one by one
+            pass
+        return [_read_one(raw, tag) for raw, tag in zip(self.raws, self.tags, strict=True)]
 
 
-def _read(taken: Iterable[_Taken]) -> list[dict[str, Any] | None]:
-    """Give messages as kombu reads them; None for one that was moved aside, or is to be.
-
-    In what is decoded at once each name is made once: names are a fifth of the memory that a message takes.
-    """
-    all_taken = list(taken)
+def _read_one(raw: bytes, tag: bytes) -> dict[str, Any] | None:
     try:
-        found: list[dict[str, Any]] = loads_json(f"[{','.join([one.raw.decode() for one in all_taken])}]")
-        if all(one.is_of(message) for one, message in zip(all_taken, found, strict=True)):
-            return list(found)
-    except Exception:  # noqa: BLE001, S110  # one is odd: which, is found out one by one
-        pass
-    return [one.read() for one in all_taken]
+        message: dict[str, Any] = loads_json(raw.decode())
+        return message if message["properties"]["delivery_tag"].encode() == tag else None
+    except Exception:  # noqa: BLE001  # whatever it is that Python's JSON does not take
+        return None
 
 
-def _tell_aside(raw: bytes, key: str) -> None:
-    logger.error("A message of %d bytes is none of kombu's: moved to %s%s", len(raw), key, _ASIDE)
+def _tell_aside(length: int, key: str) -> None:
+    logger.error("A message of %d bytes is none of kombu's: moved to %s%s", length, key, _ASIDE)
 
 
 class _LostConnectionError(redis.ConnectionError):

@@ -25,7 +25,7 @@ from celery.worker.request import Request
 from kombu.utils.encoding import safe_repr
 
 from spakky.plugins.celery.common.constants import BODY_FIRST_SETTING, LOOP_BODY_ATTRIBUTE, ONLY_FAILURES_ATTRIBUTE
-from spakky.plugins.celery.common.run_key import RUN_KEY, enter_stack, key_by_run, leave_stack
+from spakky.plugins.celery.common.run_key import RUN_KEY, key_by_run, storage_of
 from spakky.plugins.celery.common.task_body import ENDED_BODY, SUSPEND, LoopBody, TaskBody
 from spakky.plugins.celery.worker.pool_run import DroppedError, Pool, PoolRun
 
@@ -96,8 +96,9 @@ class BodyFirst:
             or (late and app.conf.worker_deduplicate_successful_tasks and backend.persistent)
         )
         self._trace: Callable[..., Any] | None = None
-        self.stack: Any = task.request_stack
-        key_by_run(self.stack)
+        stack: Any = task.request_stack
+        key_by_run(stack)
+        self._tasks, self._requests = storage_of(_current_tasks), storage_of(stack)
 
     @classmethod
     def of(cls, task: Task) -> "BodyFirst | None":
@@ -112,6 +113,16 @@ class BodyFirst:
     def fits(self, headers: Mapping[str, Any]) -> bool:
         """Whether a run with these headers may, as things are."""
         return not signals.task_prerun.receivers and self.body.fits(headers)
+
+    def enter(self, key: object, request: TaskRequest) -> None:
+        """Make a run with this key one of this task; what pushing to Celery's stacks comes to where it has nothing."""
+        self._tasks[key] = {"stack": [self.task]}
+        self._requests[key] = {"stack": [request]}
+
+    def leave(self, key: object) -> None:
+        """Forget a run."""
+        self._requests.pop(key, None)
+        self._tasks.pop(key, None)
 
     def trace(self, request: Request) -> Callable[..., Any]:
         """Give Celery's tracer for runs that have ended."""
@@ -210,13 +221,11 @@ class BodyFirstRun(PoolRun):
     def _enter(self) -> None:
         RUN_KEY.set(self)
         SUSPEND.set(self._suspend)
-        enter_stack(_current_tasks, self, self._first.task)
-        enter_stack(self._first.stack, self, self._task_request)
+        self._first.enter(self, self._task_request)
 
     def _leave(self) -> None:
         self._first.body.end()
-        leave_stack(self._first.stack, self)
-        leave_stack(_current_tasks, self)
+        self._first.leave(self)
 
     @override
     def _resume(self) -> None:
