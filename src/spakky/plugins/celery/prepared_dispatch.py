@@ -6,17 +6,20 @@ it, as it does what a lost connection needs.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Final
 
 from kombu.exceptions import KombuError, OperationalError
 
 from spakky.plugins.celery.batch import Batch
+from spakky.plugins.celery.broker_link import Transfer
 from spakky.plugins.celery.message_templates import WireMessage
 from spakky.plugins.celery.producer_connections import ProducerConnections
 from spakky.plugins.celery.publisher import Publisher, PublishTimeoutError
 
-__all__ = ["PreparedDispatch"]
+__all__ = ["BegunBatch", "PreparedDispatch"]
 
 _SMALL_BODY: Final = 64 * 1024
 """Bytes that a socket takes at once: more may wait for the broker, and then once more for its answer."""
@@ -45,7 +48,9 @@ class PreparedDispatch:
         deadline = time.monotonic() + timeout_s
         batch = Batch((message,), (deadline,))
         if len(message.body) <= _SMALL_BODY:
-            self._send_here(batch, message, timeout_s)
+            with _leaving_what_is_lost(batch), self._producers.acquire_ready([message.template], timeout_s) as link:
+                if link is not None:
+                    link.send(batch)
         if batch.unsent:
             self._publisher.call(partial(self.send, batch, timeout_s), deadline - time.monotonic())
         for error in batch.errors.values():
@@ -72,20 +77,77 @@ class PreparedDispatch:
                 send_once()
             else:
                 link.connection.ensure(link, send_once, **policy)()
-        batch.errors = {place: _to_publish_error(error) for place, error in batch.errors.items()}
+        _convert_errors(batch)
 
-    def _send_here(self, batch: Batch, message: WireMessage, timeout_s: float) -> None:
-        """Send on this thread, if there is a link for it; what a lost connection leaves is left in the batch."""
-        try:
-            with self._producers.acquire_ready(message.template, timeout_s) as link:
-                if link is not None:
-                    link.send(batch)
-        except Exception as error:
-            if message.template.retry_policy is not None and time.monotonic() < batch.deadline:
-                return
-            if isinstance(error, KombuError):
-                raise
-            raise _to_publish_error(error) from error
+    def begin(self, batch: Batch, timeout_s: float) -> "BegunBatch | None":
+        """Begin to send a batch without waiting for anything; None: nothing was done, and ``send`` must be called."""
+        if sum(len(message.body) for message in batch.unsent.values()) > _SMALL_BODY:
+            return None
+        templates = {message.template: None for message in batch.unsent.values()}
+        with ExitStack() as stack:
+            link = stack.enter_context(self._producers.acquire_ready(templates, timeout_s))
+            transfer = None if link is None else link.begin(batch)
+            return None if transfer is None else BegunBatch(batch, transfer, stack.pop_all())
+
+
+class BegunBatch:
+    """A batch that is on its way, and the link that was taken for it."""
+
+    def __init__(self, batch: Batch, transfer: Transfer, taken: ExitStack) -> None:
+        """Keep what was begun.
+
+        Args:
+            batch: What is sent.
+            transfer: How far that is.
+            taken: Gives the link back.
+        """
+        self._batch = batch
+        self._transfer = transfer
+        self._taken = taken
+
+    def fileno(self) -> int:
+        """Number of the socket, for selectors: it can be read when there is an answer."""
+        return self._transfer.fileno()
+
+    @property
+    def is_written(self) -> bool:
+        """Whether there is nothing left to do but to wait for the answer."""
+        return self._transfer.is_written
+
+    def end_at_once(self) -> bool:
+        """Tell the batch that all were sent, if that is known; else ``end`` must be called."""
+        if not self._transfer.end_at_once():
+            return False
+        self._taken.close()
+        return True
+
+    def end(self) -> None:
+        """Send the rest and wait for the answer; what a lost connection leaves is left in the batch.
+
+        Raises:
+            kombu.exceptions.KombuError: What the transport raised, where Celery's retry policy leaves nothing to do.
+        """
+        with _leaving_what_is_lost(self._batch), self._taken:
+            self._transfer.end()
+        _convert_errors(self._batch)
+
+
+@contextmanager
+def _leaving_what_is_lost(batch: Batch) -> Iterator[None]:
+    """End without an error where ``send`` is to try again."""
+    policy = next(iter(batch.unsent.values())).template.retry_policy
+    try:
+        yield
+    except Exception as error:
+        if policy is not None and time.monotonic() < batch.deadline:
+            return
+        if isinstance(error, KombuError):
+            raise
+        raise _to_publish_error(error) from error
+
+
+def _convert_errors(batch: Batch) -> None:
+    batch.errors = {place: _to_publish_error(error) for place, error in batch.errors.items()}
 
 
 def _to_publish_error(error: Exception) -> Exception:

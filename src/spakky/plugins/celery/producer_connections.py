@@ -7,7 +7,7 @@ connections too.
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -127,8 +127,8 @@ class ProducerConnections:
                 raise OperationalError(str(error) or type(error).__name__) from error
 
     @contextmanager
-    def acquire_ready(self, template: MessageTemplate, timeout_s: float) -> Iterator[BrokerLink | None]:
-        """Take a link over which a message can be sent in this time, whatever the broker does; None: there is none.
+    def acquire_ready(self, templates: Iterable[MessageTemplate], timeout_s: float) -> Iterator[BrokerLink | None]:
+        """Take a link over which messages can be sent in this time, whatever the broker does; None: there is none.
 
         Waits for nothing, and opens nothing.
         """
@@ -137,7 +137,7 @@ class ProducerConnections:
             yield None
             return
         link = pool.pop_idle()
-        if link is None or not link.is_ready_for(template) or not link.ends_in(timeout_s):
+        if link is None or not all(map(link.is_ready_for, templates)) or not link.ends_in(timeout_s):
             pool.give_back(link)
             yield None
             return

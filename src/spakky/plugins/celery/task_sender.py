@@ -168,7 +168,10 @@ class TaskSender:
         """Dispatches one after the other of one caller have the same, whose JSON is made once."""
         self._prepared = PreparedDispatch(self._producers, self._publisher)
         self._outbox = Outbox(
-            self._publisher, lambda batch: self._prepared.send(batch, self._timeout_s), self._timeout_s
+            self._publisher,
+            lambda batch: self._prepared.send(batch, self._timeout_s),
+            self._timeout_s,
+            lambda batch: self._prepared.begin(batch, self._timeout_s),
         )
 
     def send(
