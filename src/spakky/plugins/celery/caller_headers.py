@@ -91,8 +91,9 @@ class CallerHeaders:
             self._warned.add(method)
 
     def _inject_identity(self, method: TaskMethod, headers: dict[str, str], context: IApplicationContext) -> None:
-        if self.propagation_config.enabled or self._is_deciding_on(method):
-            self._check_whose(method, context)
+        if not self.propagation_config.enabled and not self._is_deciding_on(method):
+            return
+        self._check_whose(method, context)
         try:
             self._authorize_and_sign(method, headers, context)
         except Exception as error:
