@@ -219,7 +219,7 @@ class MessageTemplates:
             return None
         fixed = [(key, value, type(value)) for key, value in options.items() if key not in _VARIABLE]
         key = (name, *fixed)
-        task = self._celery.tasks.get(name)
+        task = self._tasks.get(name)
         template: MessageTemplate | None = self._templates.get(key, _MISSING)
         if template is _MISSING or (template is not None and template.task is not task):
             if len(self._templates) >= _MAX_TEMPLATES:
@@ -238,7 +238,7 @@ class MessageTemplates:
             not self._is_watched()
             and template.source is self._source
             and self._source == self._find_source()
-            and template.task is self._celery.tasks.get(name)
+            and template.task is self._tasks.get(name)
         )
 
     def fill(
@@ -281,6 +281,11 @@ class MessageTemplates:
             self._is_stock = self._check_stock()
             self._source = self._find_source()
         return self._is_stock
+
+    @cached_property
+    def _tasks(self) -> Any:
+        """The registry, which Celery's own way to finalizes the app each time."""
+        return self._celery.tasks
 
     def _is_watched(self) -> bool:
         return bool(

@@ -7,7 +7,7 @@ it, as it does what a lost connection needs.
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Final
 
@@ -16,7 +16,7 @@ from kombu.exceptions import KombuError, OperationalError
 from spakky.plugins.celery.batch import Batch
 from spakky.plugins.celery.broker_link import Transfer
 from spakky.plugins.celery.message_templates import WireMessage
-from spakky.plugins.celery.producer_connections import ProducerConnections
+from spakky.plugins.celery.producer_connections import ProducerConnections, TakenLink
 from spakky.plugins.celery.publisher import Publisher, PublishTimeoutError
 
 __all__ = ["BegunBatch", "PreparedDispatch"]
@@ -48,8 +48,9 @@ class PreparedDispatch:
         deadline = time.monotonic() + timeout_s
         batch = Batch((message,), (deadline,))
         if len(message.body) <= _SMALL_BODY:
-            with _leaving_what_is_lost(batch), self._producers.acquire_ready([message.template], timeout_s) as link:
-                if link is not None:
+            taken = self._producers.take_ready([message.template], timeout_s)
+            if taken is not None:
+                with _leaving_what_is_lost(batch), taken as link:
                     link.send(batch)
         if batch.unsent:
             self._publisher.call(partial(self.send, batch, timeout_s), deadline - time.monotonic())
@@ -84,22 +85,30 @@ class PreparedDispatch:
         if sum(len(message.body) for message in batch.unsent.values()) > _SMALL_BODY:
             return None
         templates = {message.template: None for message in batch.unsent.values()}
-        with ExitStack() as stack:
-            link = stack.enter_context(self._producers.acquire_ready(templates, timeout_s))
-            transfer = None if link is None else link.begin(batch)
-            return None if transfer is None else BegunBatch(batch, transfer, stack.pop_all())
+        taken = self._producers.take_ready(templates, timeout_s)
+        if taken is None:
+            return None
+        try:
+            transfer = taken.link.begin(batch)
+        except BaseException:
+            taken.drop()
+            raise
+        if transfer is None:
+            taken.give_back()
+            return None
+        return BegunBatch(batch, transfer, taken)
 
 
 class BegunBatch:
     """A batch that is on its way, and the link that was taken for it."""
 
-    def __init__(self, batch: Batch, transfer: Transfer, taken: ExitStack) -> None:
+    def __init__(self, batch: Batch, transfer: Transfer, taken: TakenLink) -> None:
         """Keep what was begun.
 
         Args:
             batch: What is sent.
             transfer: How far that is.
-            taken: Gives the link back.
+            taken: The link.
         """
         self._batch = batch
         self._transfer = transfer
@@ -118,7 +127,7 @@ class BegunBatch:
         """Tell the batch that all were sent, if that is known; else ``end`` must be called."""
         if not self._transfer.end_at_once():
             return False
-        self._taken.close()
+        self._taken.give_back()
         return True
 
     def end(self) -> None:
