@@ -190,7 +190,7 @@ class TaskCodec:
         Raises:
             TaskArgumentsError: With everything that does not fit the parameters, or their annotations.
         """
-        return self._convert(_ValueCodec.encode, args, kwargs)
+        return (args, kwargs) if self._are_quick(args, kwargs) else self._convert(_ValueCodec.encode, args, kwargs)
 
     def decode_arguments(
         self,
@@ -202,7 +202,7 @@ class TaskCodec:
         Raises:
             TaskArgumentsError: With everything that does not fit the parameters, or their annotations.
         """
-        return self._convert(_ValueCodec.decode, args, kwargs)
+        return (args, kwargs) if self._are_quick(args, kwargs) else self._convert(_ValueCodec.decode, args, kwargs)
 
     def encode_result(self, value: object) -> object:
         """Check what the body returned, and give what is stored.
@@ -271,8 +271,6 @@ class TaskCodec:
         args: tuple[object, ...],
         kwargs: dict[str, object],
     ) -> tuple[tuple[object, ...], dict[str, object]]:
-        if self._are_quick(args, kwargs):
-            return args, kwargs
         problems = find_misfits(self._parameters, args, kwargs)
 
         def convert_one(parameter: str, value: object) -> object:

@@ -65,12 +65,14 @@ class Ticket:
 
     def ask_for_admission(self) -> "asyncio.Future[None] | None":
         """Ask to make a message; None: it may be made, else what is to be awaited first, in the order of asking."""
-        if self.lane.admits_at_once():
+        lane = self.lane
+        if lane.free and not lane.waiting:
+            lane.free -= 1
             self._is_admitted = True
             return None
-        self.waited_for = self.lane.loop.create_future()
-        self.lane.waiting.append(self)
-        return self.waited_for
+        lane.waiting.append(self)
+        self.waited_for = admission = lane.loop.create_future()
+        return admission
 
     def admit(self) -> bool:
         """Let its coroutine go on, if that still waits."""
@@ -80,20 +82,24 @@ class Ticket:
         self.waited_for.set_result(None)
         return True
 
-    def post(self, message: WireMessage) -> None:
-        """Say what is to be sent."""
+    def post(self, message: WireMessage) -> "asyncio.Future[None]":
+        """Say what is to be sent, and give what is to be awaited."""
+        lane = self.lane
         self.message = message
         self._is_posted = True
-        self.waited_for = self.lane.loop.create_future()
+        self.waited_for = end = lane.loop.create_future()
+        lane.post(self)
+        return end
 
     def end(self, error: BaseException | None) -> None:
         """Tell its coroutine what became of the message, if that still waits."""
-        if self.waited_for.done():
+        waited_for = self.waited_for
+        if waited_for.done():
             return
         if error is None:
-            self.waited_for.set_result(None)
+            waited_for.set_result(None)
         else:
-            self.waited_for.set_exception(error)
+            waited_for.set_exception(error)
 
 
 class _Load:
@@ -174,29 +180,25 @@ class _Lane:
         """What was written from here, and is not answered yet."""
         self._queued = 0
         """How many publishing threads have, or are to have."""
-        self._free = _ADMITTED
+        self.free = _ADMITTED
+        """How many more may be admitted."""
         self._timer: asyncio.TimerHandle | None = None
         self._answer_timer: asyncio.TimerHandle
 
-    def add(self, ticket: Ticket) -> None:
-        """Watch over a ticket's deadline; one timer serves all."""
+    def open(self, deadline: float) -> Ticket:
+        """Make a ticket, and watch over its deadline; one timer serves all."""
+        ticket = Ticket(self, deadline)
         self.tickets[ticket] = None
         if self._timer is None:
-            self._set_timer(ticket.deadline)
-
-    def admits_at_once(self) -> bool:
-        """Take a free place, if there is one that nobody waits for."""
-        if not self._free or self.waiting:
-            return False
-        self._free -= 1
-        return True
+            self._set_timer(deadline)
+        return ticket
 
     def give_back(self) -> None:
         """Give back a place, and admit who has waited longest."""
-        self._free += 1
-        while self._free and self.waiting:
+        self.free += 1
+        while self.free and self.waiting:
             if self.waiting.popleft().admit():
-                self._free -= 1
+                self.free -= 1
 
     def post(self, ticket: Ticket) -> None:
         """Send its message, with all that are posted in this turn of the loop."""
@@ -306,9 +308,7 @@ class Outbox:
         """Ask for admission: the time of a message runs from here."""
         loop = asyncio.get_running_loop()
         lane = self._lanes.get(loop) or self._make_lane(loop)
-        ticket = Ticket(lane, time.monotonic() + self._timeout_s)
-        lane.add(ticket)
-        return ticket
+        return lane.open(time.monotonic() + self._timeout_s)
 
     def post(self, ticket: Ticket, message: WireMessage) -> "asyncio.Future[None]":
         """Have an admitted message sent; what is returned is to be awaited, until the broker has it.
@@ -321,9 +321,7 @@ class Outbox:
         """
         if time.monotonic() >= ticket.deadline:
             raise PublishTimeoutError
-        ticket.post(message)
-        ticket.lane.post(ticket)
-        return ticket.waited_for
+        return ticket.post(message)
 
     def _make_lane(self, loop: asyncio.AbstractEventLoop) -> _Lane:
         for other in [other for other in list(self._lanes) if other.is_closed()]:

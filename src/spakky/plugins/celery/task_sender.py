@@ -35,6 +35,7 @@ from spakky.plugins.celery.common.forked_client import renew_after_fork
 from spakky.plugins.celery.common.fresh_ids import make_id
 from spakky.plugins.celery.common.previous import PREVIOUS
 from spakky.plugins.celery.common.result_source import ResultSource, is_ignored
+from spakky.plugins.celery.common.run_key import is_running_nothing
 from spakky.plugins.celery.common.task_catalog import TaskCatalog
 from spakky.plugins.celery.common.task_method import BoundTask, TaskMethod
 from spakky.plugins.celery.common.task_result import CeleryTaskResult
@@ -84,6 +85,7 @@ _SMALL_HEADERS: Final = 4 * 1024
 
 _TRANSPORT_ERRORS: Final = (EncodeError, KombuError, OSError)
 
+_NO_REPRS: Final[dict[str, str]] = {}
 _NO_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
@@ -585,8 +587,7 @@ class TaskSender:
         if self.catalog is None:
             return {}
         options: dict[str, object] = {"reply_to": self.celery.thread_oid}
-        parent = self.celery.current_worker_task
-        if parent is not None:
+        if not is_running_nothing() and (parent := self.celery.current_worker_task) is not None:
             request = parent.request
             options |= {"root_id": request.root_id or request.id, "parent_id": request.id}
             if self.celery.conf.task_inherit_parent_priority:
@@ -767,4 +768,6 @@ def _encode(codec: TaskCodec, args: tuple[object, ...], kwargs: dict[str, object
     wire_args, wire_kwargs = codec.encode_arguments(args, kwargs)
     if wire_args and wire_args[0] is PREVIOUS:
         wire_args = wire_args[1:]
-    return _Arguments(wire_args, wire_kwargs, codec.masked_reprs(args, kwargs))
+    return _Arguments(
+        wire_args, wire_kwargs, codec.masked_reprs(args, kwargs) if codec.has_sensitive_arguments else _NO_REPRS
+    )
