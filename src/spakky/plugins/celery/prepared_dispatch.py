@@ -1,8 +1,8 @@
 """Owns how prepared messages reach the broker: on the caller's own thread, on a publishing thread, or by the batch.
 
 Makes no message, and knows no task. A message goes out on the thread that dispatches it where a link is open whose
-sockets keep the publish timeout by themselves. Opening a connection takes many steps, so that a publishing thread does
-it, as it does what a lost connection needs.
+sockets keep the publish timeout by themselves. A thread that must not wait can begin a batch, for others to end.
+Opening a connection takes many steps, so that a publishing thread does it, as it does what a lost connection needs.
 """
 
 import time
