@@ -455,6 +455,17 @@ def test_a_route_that_changes_is_followed(start: Callable[..., Sender]) -> None:
     assert [message.delivery_info["routing_key"] for message in sender.taken()] == sender.queues
 
 
+def test_a_route_that_changes_is_followed_by_every_task(start: Callable[..., Sender]) -> None:
+    """Also by a task that is dispatched after another one has met the new routes first."""
+    sender = start("memory")
+    sender.letters.write("Ada")
+    asyncio.run(sender.letters.write_async("Ada"))
+    sender.celery.conf.update(task_routes={f"{TASK}.*": {"queue": sender.queues[1]}})
+    sender.letters.write("Bob")
+    asyncio.run(sender.letters.write_async("Bob"))
+    assert [message.delivery_info["routing_key"] for message in sender.taken()] == sorted(sender.queues * 2)
+
+
 @pytest.mark.parametrize("value", [Decimal("1.5"), datetime(2030, 1, 1, tzinfo=UTC), b"bytes", uuid4()])
 def test_values_that_only_kombu_knows(start: Callable[..., Sender], value: Any) -> None:
     """What kombu's JSON has a form of its own for is the same in both messages."""

@@ -57,7 +57,16 @@ def slow_proxy(host: str, port: int, delay_s: float) -> Iterator[int]:
 class CuttableProxy:
     """A server that passes everything on to another one, until it is cut off."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, room: int = 0) -> None:
+        self.takes_requests = threading.Event()
+        """Cleared: it takes no more requests than it has room for, and passes none on."""
+        self.passes_answers = threading.Event()
+        """Cleared: it passes no answer on."""
+        self.answer_size = 65536
+        """How many bytes of an answer it passes on at a time."""
+        self._room = room
+        self.takes_requests.set()
+        self.passes_answers.set()
         self.delay_s = 0.0
         """How long it keeps each request back."""
         self.requests: list[bytes] = []
@@ -65,6 +74,8 @@ class CuttableProxy:
         self._target = (host, port)
         self._sockets: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
+        if room:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
         self.port: int = self._listener.getsockname()[1]
         self._serve()
 
@@ -92,13 +103,23 @@ class CuttableProxy:
                 client, _ = listener.accept()
                 server = socket.create_connection(self._target)
                 self._sockets += (client, server)
-                for pump, *pair in ((self._ask, client, server), (self._pump, server, client)):
+                for pump, *pair in ((self._ask, client, server), (self._answer, server, client)):
                     threading.Thread(target=pump, args=pair, daemon=True).start()
 
     def _ask(self, client: socket.socket, server: socket.socket) -> None:
         self._pump(client, server, self._keep_back)
 
+    def _answer(self, server: socket.socket, client: socket.socket) -> None:
+        with suppress(OSError):
+            while data := server.recv(65536):
+                for begin in range(0, len(data), self.answer_size):
+                    self.passes_answers.wait()
+                    client.sendall(data[begin : begin + self.answer_size])
+        with suppress(OSError):
+            client.shutdown(socket.SHUT_RDWR)
+
     def _keep_back(self, request: bytes) -> None:
+        self.takes_requests.wait()
         if self.delay_s:
             self.requests.append(request)
             time.sleep(self.delay_s)
@@ -114,11 +135,13 @@ class CuttableProxy:
 
 
 @contextmanager
-def cuttable_proxy(host: str, port: int) -> Iterator[CuttableProxy]:
-    """Run a proxy that a test can cut off and mend."""
-    proxy = CuttableProxy(host, port)
+def cuttable_proxy(host: str, port: int, room: int = 0) -> Iterator[CuttableProxy]:
+    """Run a proxy that a test can cut off and mend, which has room for so many bytes; 0: for as many as is usual."""
+    proxy = CuttableProxy(host, port, room)
     try:
         yield proxy
     finally:
+        proxy.takes_requests.set()
+        proxy.passes_answers.set()
         with suppress(OSError):
             proxy.cut()

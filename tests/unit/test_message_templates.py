@@ -1,5 +1,6 @@
 """How arguments are shown: as Celery shows them."""
 
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -87,3 +88,45 @@ def test_subclasses_are_left_to_celery() -> None:
     """What only looks like a plain value is shown as Celery shows it."""
     for value in (Text("x"), type("Number", (int,), {"__str__": lambda _: "many"})(3)):
         assert to_repr((value,), 1024, 3) == saferepr((value,), 1024, maxlevels=3)
+
+
+@pytest.mark.parametrize(
+    ("source", "namespace"),
+    [
+        ({"task_send_sent_event": True}, None),
+        ({"CELERY_TASK_SEND_SENT_EVENT": True}, "CELERY"),
+        ({"CELERY_SEND_TASK_SENT_EVENT": True}, None),
+        (SimpleNamespace(CELERY_TASK_SEND_SENT_EVENT=True), "CELERY"),
+    ],
+)
+def test_who_wants_sent_events_gets_no_template(source: Any, namespace: str | None) -> None:
+    """However Celery is told: by a setting's own name, its old one, or with a prefix; and when it is told later."""
+    app = Celery("test", set_as_current=False)
+    templates = MessageTemplates(app)
+    assert templates.find("task", {}) is not None
+    app.config_from_object(source, namespace=namespace, force=True)
+    assert app.conf.task_send_sent_event
+    assert templates.find("task", {}) is None
+    app.conf.task_send_sent_event = False
+    template = templates.find("task", {})
+    assert template is not None
+    assert templates.is_current(template, "task")
+    app.conf.task_send_sent_event = True
+    assert not templates.is_current(template, "task")
+
+
+def test_a_template_of_other_routes_is_not_current() -> None:
+    """Also after another task has met the new routes."""
+    app = Celery("test", set_as_current=False)
+    templates = MessageTemplates(app)
+    one, another = templates.find("one", {}), templates.find("another", {})
+    assert one is not None
+    assert another is not None
+    app.conf.task_routes = {"one": {"queue": "other"}}
+    app.amqp.flush_routes()
+    app.amqp.router = app.amqp.Router()
+    assert not templates.is_current(one, "one")
+    found = templates.find("another", {})
+    assert found is not None
+    assert templates.is_current(found, "another")
+    assert not templates.is_current(one, "one")

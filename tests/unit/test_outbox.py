@@ -270,6 +270,13 @@ def test_loops_one_after_the_other_and_at_once(outbox: Outbox, broker: Broker) -
     assert sorted(broker.sent[1:]) == [0, 1, 2, 3]
 
 
+def test_loops_that_are_closed_are_let_go(outbox: Outbox) -> None:
+    """However many loops have dispatched, one after the other, none but the last is kept."""
+    for number in range(5):
+        asyncio.run(dispatch(outbox, number))
+    assert len(outbox._lanes) == 1
+
+
 async def test_closing_sends_what_is_queued(outbox: Outbox, broker: Broker, publisher: Publisher) -> None:
     """What was posted before the threads are told to end is sent."""
     broker.hold_up()

@@ -16,7 +16,7 @@ from spakky.plugins.celery.batch import Batch
 from spakky.plugins.celery.message_templates import MessageTemplate, WireMessage, to_transport_message
 from spakky.plugins.celery.redis_text import RedisText
 
-__all__ = ["BrokerLink", "make_link"]
+__all__ = ["BrokerLink", "Transfer", "make_link"]
 
 _MAX_UNCONFIRMED: Final = 500
 """Messages that are written before their confirms are read: RabbitMQ must not wait for us while we wait for it."""
@@ -71,6 +71,10 @@ class BrokerLink:
             self._send_one(message)
             batch.note_sent(place)
 
+    def begin(self, batch: Batch) -> "Transfer | None":  # noqa: ARG002  # what others need
+        """Begin to send a batch without waiting for anything; None: nothing was done, and ``send`` must be called."""
+        return None
+
     def _send_one(self, message: WireMessage, **options: Any) -> None:
         channel = self.producer.channel
         channel.basic_publish(
@@ -120,12 +124,23 @@ class RedisLink(BrokerLink):
             else:
                 commands.add("lpush", text.key, filled)
         batch.note_written(commands.place)
-        replies = self.producer.channel.push([command for command, _ in commands.grouped])
-        for (_, places), reply in zip(commands.grouped, replies, strict=True):
-            if isinstance(reply, Exception):
-                for place in places:
-                    batch.note_failed(place, reply)
-        batch.note_rest_sent()
+        commands.note_replies(batch, self.producer.channel.push(commands.all))
+
+    @override
+    def begin(self, batch: Batch) -> "Transfer | None":
+        commands = _Commands()
+        for place, message in batch.unsent.items():
+            text = self._texts.get(message.template)  # to find one, or to write without, may ask Redis
+            filled = None if text is None else text.fill(message)
+            if text is None or filled is None:
+                return None
+            commands.place = place
+            commands.add("lpush", text.key, filled)
+        push = self.producer.channel.begin_push(commands.all)
+        if push is None:
+            return None
+        batch.note_written(commands.place)
+        return Transfer(push, commands, batch)
 
     def _find_text(self, template: MessageTemplate) -> RedisText | None:
         if template not in self._texts:
@@ -151,6 +166,60 @@ class _Commands:
                 self._lists[args[0]] = group
         group[0].extend(args[1:])
         group[1].append(self.place)
+
+    @property
+    def all(self) -> list[list[Any]]:
+        """The commands."""
+        return [command for command, _ in self.grouped]
+
+    def note_replies(self, batch: Batch, replies: list[Any]) -> None:
+        """Note in a batch what Redis answered to each."""
+        for (_, places), reply in zip(self.grouped, replies, strict=True):
+            if isinstance(reply, Exception):
+                for place in places:
+                    batch.note_failed(place, reply)
+        batch.note_rest_sent()
+
+
+class Transfer:
+    """A batch that is on its way over a link, which is for nothing else until ``end``; only that may wait."""
+
+    def __init__(self, push: Any, commands: _Commands, batch: Batch) -> None:
+        """Keep what was begun.
+
+        Args:
+            push: As the Redis transport's ``begin_push`` gives it.
+            commands: What it is of.
+            batch: What they are made of.
+        """
+        self._push = push
+        self._commands = commands
+        self._batch = batch
+
+    def fileno(self) -> int:
+        """Number of the socket, for selectors: it can be read when there is an answer."""
+        return int(self._push.fileno())
+
+    @property
+    def is_written(self) -> bool:
+        """Whether there is nothing left to do but to wait for the answer."""
+        return bool(self._push.is_written)
+
+    def end_at_once(self) -> bool:
+        """Tell the batch that all were sent, if that is known; else ``end`` must be called."""
+        replies = self._push.end_at_once()
+        if replies is None:
+            return False
+        self._commands.note_replies(self._batch, replies)
+        return True
+
+    def end(self) -> None:
+        """Send what is left, wait for the answer, and tell the batch.
+
+        Raises:
+            Exception: As ``BrokerLink.send`` does.
+        """
+        self._commands.note_replies(self._batch, self._push.end())
 
 
 class AmqpLink(BrokerLink):

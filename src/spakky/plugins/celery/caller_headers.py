@@ -64,9 +64,12 @@ class CallerHeaders:
         headers: dict[str, str] = {}
         if self.propagator is not None:
             self.propagator.inject(headers)
-        if self.application_context is not None:
-            self._inject_identity(bound.method, headers, self.application_context)
-            self._name_pod(bound, headers, self.application_context)
+        context, method = self.application_context, bound.method
+        if context is not None:
+            if self.propagation_config.enabled or self._is_deciding_on(method):
+                self._inject_identity(method, headers, context)
+            if self.catalog is not None and self.catalog.has_several_pods(method.handler):
+                self._name_pod(bound, headers, context, self.catalog.pods_of(method.handler))
         return headers
 
     def find_decision(self, method: TaskMethod, headers: dict[str, str]) -> AuthDecisionRecord | None:
@@ -91,8 +94,7 @@ class CallerHeaders:
             self._warned.add(method)
 
     def _inject_identity(self, method: TaskMethod, headers: dict[str, str], context: IApplicationContext) -> None:
-        if self.propagation_config.enabled or self._is_deciding_on(method):
-            self._check_whose(method, context)
+        self._check_whose(method, context)
         try:
             self._authorize_and_sign(method, headers, context)
         except Exception as error:
@@ -139,10 +141,10 @@ class CallerHeaders:
     def _audit(self) -> AuthAudit:
         return AuthAudit(cast("IApplicationContext", self.application_context))
 
-    def _name_pod(self, bound: BoundTask, headers: dict[str, str], context: IApplicationContext) -> None:
+    def _name_pod(
+        self, bound: BoundTask, headers: dict[str, str], context: IApplicationContext, pods: tuple[str, ...]
+    ) -> None:
         """Name the Pod where one handler class has several: the run must find the one that was called."""
-        if self.catalog is None or len(pods := self.catalog.pods_of(bound.method.handler)) <= 1:
-            return
         for pod in pods:
             if context.pods[pod].scope is not Pod.Scope.SINGLETON:
                 continue

@@ -1,22 +1,25 @@
 """Owns how prepared messages reach the broker: on the caller's own thread, on a publishing thread, or by the batch.
 
 Makes no message, and knows no task. A message goes out on the thread that dispatches it where a link is open whose
-sockets keep the publish timeout by themselves. Opening a connection takes many steps, so that a publishing thread does
-it, as it does what a lost connection needs.
+sockets keep the publish timeout by themselves. A thread that must not wait can begin a batch, for others to end.
+Opening a connection takes many steps, so that a publishing thread does it, as it does what a lost connection needs.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Final
 
 from kombu.exceptions import KombuError, OperationalError
 
 from spakky.plugins.celery.batch import Batch
+from spakky.plugins.celery.broker_link import Transfer
 from spakky.plugins.celery.message_templates import WireMessage
-from spakky.plugins.celery.producer_connections import ProducerConnections
+from spakky.plugins.celery.producer_connections import ProducerConnections, TakenLink
 from spakky.plugins.celery.publisher import Publisher, PublishTimeoutError
 
-__all__ = ["PreparedDispatch"]
+__all__ = ["BegunBatch", "PreparedDispatch"]
 
 _SMALL_BODY: Final = 64 * 1024
 """Bytes that a socket takes at once: more may wait for the broker, and then once more for its answer."""
@@ -45,7 +48,10 @@ class PreparedDispatch:
         deadline = time.monotonic() + timeout_s
         batch = Batch((message,), (deadline,))
         if len(message.body) <= _SMALL_BODY:
-            self._send_here(batch, message, timeout_s)
+            taken = self._producers.take_ready([message.template], timeout_s)
+            if taken is not None:
+                with _leaving_what_is_lost(batch), taken as link:
+                    link.send(batch)
         if batch.unsent:
             self._publisher.call(partial(self.send, batch, timeout_s), deadline - time.monotonic())
         for error in batch.errors.values():
@@ -72,20 +78,85 @@ class PreparedDispatch:
                 send_once()
             else:
                 link.connection.ensure(link, send_once, **policy)()
-        batch.errors = {place: _to_publish_error(error) for place, error in batch.errors.items()}
+        _convert_errors(batch)
 
-    def _send_here(self, batch: Batch, message: WireMessage, timeout_s: float) -> None:
-        """Send on this thread, if there is a link for it; what a lost connection leaves is left in the batch."""
+    def begin(self, batch: Batch, timeout_s: float) -> "BegunBatch | None":
+        """Begin to send a batch without waiting for anything; None: nothing was done, and ``send`` must be called."""
+        if sum(len(message.body) for message in batch.unsent.values()) > _SMALL_BODY:
+            return None
+        templates = {message.template: None for message in batch.unsent.values()}
+        taken = self._producers.take_ready(templates, timeout_s)
+        if taken is None:
+            return None
         try:
-            with self._producers.acquire_ready(message.template, timeout_s) as link:
-                if link is not None:
-                    link.send(batch)
-        except Exception as error:
-            if message.template.retry_policy is not None and time.monotonic() < batch.deadline:
-                return
-            if isinstance(error, KombuError):
-                raise
-            raise _to_publish_error(error) from error
+            transfer = taken.link.begin(batch)
+        except BaseException:
+            taken.drop()
+            raise
+        if transfer is None:
+            taken.give_back()
+            return None
+        return BegunBatch(batch, transfer, taken)
+
+
+class BegunBatch:
+    """A batch that is on its way, and the link that was taken for it."""
+
+    def __init__(self, batch: Batch, transfer: Transfer, taken: TakenLink) -> None:
+        """Keep what was begun.
+
+        Args:
+            batch: What is sent.
+            transfer: How far that is.
+            taken: The link.
+        """
+        self._batch = batch
+        self._transfer = transfer
+        self._taken = taken
+
+    def fileno(self) -> int:
+        """Number of the socket, for selectors: it can be read when there is an answer."""
+        return self._transfer.fileno()
+
+    @property
+    def is_written(self) -> bool:
+        """Whether there is nothing left to do but to wait for the answer."""
+        return self._transfer.is_written
+
+    def end_at_once(self) -> bool:
+        """Tell the batch that all were sent, if that is known; else ``end`` must be called."""
+        if not self._transfer.end_at_once():
+            return False
+        self._taken.give_back()
+        return True
+
+    def end(self) -> None:
+        """Send the rest and wait for the answer; what a lost connection leaves is left in the batch.
+
+        Raises:
+            kombu.exceptions.KombuError: What the transport raised, where Celery's retry policy leaves nothing to do.
+        """
+        with _leaving_what_is_lost(self._batch), self._taken:
+            self._transfer.end()
+        _convert_errors(self._batch)
+
+
+@contextmanager
+def _leaving_what_is_lost(batch: Batch) -> Iterator[None]:
+    """End without an error where ``send`` is to try again."""
+    policy = next(iter(batch.unsent.values())).template.retry_policy
+    try:
+        yield
+    except Exception as error:
+        if policy is not None and time.monotonic() < batch.deadline:
+            return
+        if isinstance(error, KombuError):
+            raise
+        raise _to_publish_error(error) from error
+
+
+def _convert_errors(batch: Batch) -> None:
+    batch.errors = {place: _to_publish_error(error) for place, error in batch.errors.items()}
 
 
 def _to_publish_error(error: Exception) -> Exception:

@@ -7,7 +7,7 @@ connections too.
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +22,7 @@ from spakky.plugins.celery.broker_link import BrokerLink, make_link
 from spakky.plugins.celery.common.broker_url import MASK, mask_url
 from spakky.plugins.celery.message_templates import MessageTemplate
 
-__all__ = ["ProducerConnections"]
+__all__ = ["ProducerConnections", "TakenLink"]
 
 _DEFAULT_LIMIT: Final = 10
 
@@ -50,17 +50,41 @@ class _Pool:
             self.idle.append(link)
         self.slots.release()
 
-    @contextmanager
-    def returning(self, link: BrokerLink) -> Iterator[BrokerLink]:
-        """Give a link back at the end; after an error, of whatever kind, its connection may be amid something."""
-        try:
-            yield link
-        except BaseException:
-            self.links.discard(link)
-            self.give_back(None)
-            link.collect()
-            raise
-        self.give_back(link)
+
+class TakenLink:
+    """A link that is for whoever took it, until it is given back; a context manager for that."""
+
+    __slots__ = ("_pool", "link")
+
+    def __init__(self, pool: _Pool, link: BrokerLink) -> None:
+        """Keep what was taken.
+
+        Args:
+            pool: Where it is from.
+            link: The link.
+        """
+        self._pool = pool
+        self.link = link
+
+    def __enter__(self) -> BrokerLink:
+        return self.link
+
+    def __exit__(self, _: object, error: BaseException | None, traceback: object) -> None:
+        """Give it back; after an error, of whatever kind, its connection may be amid something."""
+        if error is None:
+            self.give_back()
+        else:
+            self.drop()
+
+    def give_back(self) -> None:
+        """Let others take it."""
+        self._pool.give_back(self.link)
+
+    def drop(self) -> None:
+        """Close it, and let others open another in its place."""
+        self._pool.links.discard(self.link)
+        self._pool.give_back(None)
+        self.link.collect()
 
 
 class ProducerConnections:
@@ -118,7 +142,7 @@ class ProducerConnections:
         pool = self._find_pool()
         if not pool.slots.acquire(timeout=timeout_s):
             raise LimitExceeded(self.limit)
-        with pool.returning(pool.pop_idle() or self._make_link(pool)) as link:
+        with TakenLink(pool, pool.pop_idle() or self._make_link(pool)) as link:
             connection = link.connection
             try:
                 connection.ensure_connection(timeout=timeout_s, **self._retry_policy)
@@ -126,23 +150,19 @@ class ProducerConnections:
             except (*connection.connection_errors, *connection.channel_errors) as error:
                 raise OperationalError(str(error) or type(error).__name__) from error
 
-    @contextmanager
-    def acquire_ready(self, template: MessageTemplate, timeout_s: float) -> Iterator[BrokerLink | None]:
-        """Take a link over which a message can be sent in this time, whatever the broker does; None: there is none.
+    def take_ready(self, templates: Iterable[MessageTemplate], timeout_s: float) -> TakenLink | None:
+        """Take a link over which messages can be sent in this time, whatever the broker does; None: there is none.
 
         Waits for nothing, and opens nothing.
         """
         pool = self._find_pool()
         if not pool.slots.acquire(blocking=False):
-            yield None
-            return
+            return None
         link = pool.pop_idle()
-        if link is None or not link.is_ready_for(template) or not link.ends_in(timeout_s):
+        if link is None or not link.ends_in(timeout_s) or not all(map(link.is_ready_for, templates)):
             pool.give_back(link)
-            yield None
-            return
-        with pool.returning(link):
-            yield link
+            return None
+        return TakenLink(pool, link)
 
     def close(self) -> None:
         """Close the connections, but not those of a parent process. A later ``acquire`` opens others."""

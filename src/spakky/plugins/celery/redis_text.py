@@ -29,6 +29,11 @@ _ID, _ROOT, _PARENT, _REPLY_TO, _ARGS, _KWARGS, _IGNORED, _MORE, _BODY, _TAG = _
 )
 """Stand for what differs between two messages while kombu writes one."""
 
+_COMMON: Final = (_ROOT, _PARENT, _REPLY_TO, _IGNORED, _MORE)
+"""Those that are the same for all messages of a series, in the order of its texts."""
+
+_OWN: Final = (_ID, _ARGS, _KWARGS, _BODY, _TAG)
+
 _COUNTS: Final = {**dict.fromkeys(_VALUES, 1), _ID: 2}
 """How often each is in the text; the id is the correlation id too."""
 
@@ -46,9 +51,12 @@ class RedisText:
             places: For each value between two of them which one it is.
         """
         self.key = key
-        self._parts = [""] * (len(texts) + len(places))
-        self._parts[::2] = texts
-        self._arrange = itemgetter(*[_VALUES.index(place) for place in places])
+        self._texts = texts
+        self._places = places
+        self._series: MessageSeries | None = None
+        self._parts: list[str] = []
+        """The text around what differs between messages of that series; empty: kombu must write them."""
+        self._arrange: Callable[[tuple[str, ...]], tuple[str, ...]]
         self._make_tag: Callable[[], str] = channel._next_delivery_tag  # noqa: SLF001  # kombu's transports are made of such parts
         self._encode_body = _find_encoder(channel)
 
@@ -82,25 +90,36 @@ class RedisText:
 
     def fill(self, message: WireMessage) -> bytes | None:
         """Make the text of one message, with a delivery tag of its own; None where kombu must write it."""
-        texts = message.series.texts
-        if texts is None:
+        if message.series is not self._series:
+            self._write_common(message.series)
+        if not self._parts:
             return None
-        task_id = f'"{message.task_id}"'
         values = (
-            task_id,
-            texts.root_id or task_id,
-            texts.parent_id,
-            texts.reply_to,
+            f'"{message.task_id}"',
             to_json(message.args_repr),
             to_json(message.kwargs_repr),
-            texts.ignore_result,
-            texts.more,
             self._encode_body(message.body),
             f'"{self._make_tag()}"',
         )
         parts = self._parts.copy()
         parts[1::2] = self._arrange(values)
         return "".join(parts).encode("ascii")
+
+    def _write_common(self, series: MessageSeries) -> None:
+        """Write what the messages of a series have in common: most are of the same as the one before."""
+        self._series, self._parts = series, []
+        if series.texts is None:
+            return
+        common = dict(zip(_COMMON, series.texts, strict=True))
+        parts, places = [self._texts[0]], []
+        for place, text in zip(self._places, self._texts[1:], strict=True):
+            written = common.get(place)
+            if written is None:  # a value of each message; its id where the series has no root
+                places.append(_OWN.index(_ID if place == _ROOT else place))
+                parts += ["", text]
+            else:
+                parts[-1] += written + text
+        self._parts, self._arrange = parts, itemgetter(*places)
 
 
 class _Recorder:

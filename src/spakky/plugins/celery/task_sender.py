@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property, lru_cache, partial
 from itertools import batched
+from math import inf
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, cast
 
@@ -34,6 +35,7 @@ from spakky.plugins.celery.common.forked_client import renew_after_fork
 from spakky.plugins.celery.common.fresh_ids import make_id
 from spakky.plugins.celery.common.previous import PREVIOUS
 from spakky.plugins.celery.common.result_source import ResultSource, is_ignored
+from spakky.plugins.celery.common.run_key import is_running_nothing
 from spakky.plugins.celery.common.task_catalog import TaskCatalog
 from spakky.plugins.celery.common.task_method import BoundTask, TaskMethod
 from spakky.plugins.celery.common.task_result import CeleryTaskResult
@@ -83,6 +85,7 @@ _SMALL_HEADERS: Final = 4 * 1024
 
 _TRANSPORT_ERRORS: Final = (EncodeError, KombuError, OSError)
 
+_NO_REPRS: Final[dict[str, str]] = {}
 _NO_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
@@ -101,17 +104,19 @@ class _Dispatch:
 
     method: TaskMethod
     headers: dict[str, str]
+    lineage: dict[str, object]
+    """Those of the options that the caller's thread has made."""
     options: dict[str, Any]
     ignore_result: bool | None
     """Whether the result is dropped; None: as the task has it."""
     reply_queue: Queue | None
     """Where rpc:// results of the caller's thread go."""
-    deadline: float
-    """Monotonic time after which the caller has been told that it failed, so that it must not be sent any more."""
     decision: AuthDecisionRecord | None
     """That the caller may dispatch this, still without an id; None where nobody had to decide."""
     series: MessageSeries | None = None
     """What the messages are made from; None: what Celery makes of each."""
+    results: ResultSource | None = None
+    """Where the results are, once somebody has asked."""
 
 
 @dataclass(slots=True, eq=False)
@@ -126,6 +131,8 @@ class _Envelope:
     task_id: str
     message: WireMessage | None
     """What goes over the wire; None: what Celery makes of this."""
+    deadline: float
+    """Monotonic time after which the caller has been told that it failed, so that it must not be sent any more."""
     before: tuple[Callable[[], None], ...] = ()
     """What is done just before it is sent."""
 
@@ -133,18 +140,21 @@ class _Envelope:
 class _Translation:
     """A context manager; one that ``contextmanager`` makes takes three times as long."""
 
-    __slots__ = ("_dispatch", "_translate")
+    __slots__ = ("_deadline", "_dispatch", "_translate")
 
-    def __init__(self, translate: Callable[[_Dispatch, BaseException], None], dispatch: _Dispatch) -> None:
+    def __init__(
+        self, translate: Callable[[_Dispatch, BaseException, float], None], dispatch: _Dispatch, deadline: float
+    ) -> None:
         self._translate = translate
         self._dispatch = dispatch
+        self._deadline = deadline
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, _: object, error: BaseException | None, traceback: object) -> None:
         if error is not None:
-            self._translate(self._dispatch, error)
+            self._translate(self._dispatch, error, self._deadline)
 
 
 @dataclass(kw_only=True)
@@ -166,9 +176,14 @@ class TaskSender:
         self._templates = MessageTemplates(self.celery)
         self._last_series: MessageSeries | None = None
         """Dispatches one after the other of one caller have the same, whose JSON is made once."""
+        self._plain: dict[TaskMethod, _Dispatch] = {}
+        """The last dispatch of each task that nobody decided on, and that had no options of its own."""
         self._prepared = PreparedDispatch(self._producers, self._publisher)
         self._outbox = Outbox(
-            self._publisher, lambda batch: self._prepared.send(batch, self._timeout_s), self._timeout_s
+            self._publisher,
+            lambda batch: self._prepared.send(batch, self._timeout_s),
+            self._timeout_s,
+            lambda batch: self._prepared.begin(batch, self._timeout_s),
         )
 
     def send(
@@ -196,7 +211,7 @@ class TaskSender:
         envelope = self._prepare(bound, args, kwargs, options)
         if self._defer([envelope], options) or self._divert([envelope]):
             return self._make_handle(envelope)
-        with self._translating(envelope.dispatch):
+        with self._publishing(envelope):
             if envelope.message is None:
                 result = self._publisher.call(partial(self._publish, envelope), self._timeout_s)
                 return self._to_handle(result, envelope)
@@ -225,11 +240,14 @@ class TaskSender:
             envelope = self._prepare(bound, args, kwargs, options)
             if self._defer([envelope], options):
                 return self._make_handle(envelope)
-            with self._translating(envelope.dispatch):
+            try:
                 if envelope.message is None:
                     publish = partial(self._publish, envelope)
                     return self._to_handle(await self._publisher.call_async(publish, self._timeout_s), envelope)
                 await self._outbox.post(ticket, envelope.message)
+            except Exception as error:
+                self._translate(envelope.dispatch, error, envelope.deadline)
+                raise
             return self._make_handle(envelope)
 
     def send_many(
@@ -386,9 +404,7 @@ class TaskSender:
     ) -> _Envelope:
         codec = self._find_codec(bound.method)
         arguments = _encode(codec, args, kwargs)
-        dispatch = self._open(bound, call_options)
-        with self._translating(dispatch):
-            return self._fill(dispatch, arguments)
+        return self._fill(self._open(bound, call_options), arguments)
 
     def _find_codec(self, method: TaskMethod) -> TaskCodec:
         if self.catalog is not None:
@@ -398,23 +414,40 @@ class TaskSender:
     def _open(self, bound: BoundTask, call_options: Mapping[str, Any]) -> _Dispatch:
         """Make what the messages of one dispatch have in common."""
         method = bound.method
+        headers, lineage = self.caller.make(bound), self._make_lineage()
+        if not call_options and (before := self._find_same(method, headers, lineage)) is not None:
+            return before
         options, publish_options = _merge(method, call_options) if call_options else _own_options(method)
-        headers = self.caller.make(bound)
         if call_options.get("serializer") is not None:
             headers[SERIALIZER_HEADER] = str(call_options["serializer"])
         self.caller.warn_of_late(method, headers, publish_options)
         dispatch = _Dispatch(
             method=method,
             headers=headers,
-            options=self._make_lineage() | publish_options,
+            lineage=lineage,
+            options=lineage | publish_options,
             ignore_result=options.get("ignore_result"),
             reply_queue=self._find_reply_queue(),
-            deadline=time.monotonic() + self._timeout_s,
             decision=self.caller.find_decision(method, headers),
         )
         with self._translating(dispatch):
             dispatch.series = self._open_series(dispatch)
+        if not call_options and dispatch.series is not None and dispatch.decision is None:
+            self._plain[method] = dispatch
         return dispatch
+
+    def _find_same(self, method: TaskMethod, headers: dict[str, str], lineage: dict[str, object]) -> _Dispatch | None:
+        """Find a dispatch before this one that has the same in common, where that is all that a message depends on."""
+        before = self._plain.get(method)
+        is_same = (
+            before is not None
+            and before.headers == headers
+            and before.lineage == lineage
+            and self.outlet is None
+            and before.series is not None
+            and self._templates.is_current(before.series.template, method.name)
+        )
+        return before if is_same else None
 
     def _open_series(self, dispatch: _Dispatch) -> MessageSeries | None:
         """Begin messages that are made without Celery's help; None where that cannot be sure to make the same."""
@@ -444,9 +477,14 @@ class TaskSender:
         if dispatch.decision is not None:
             self.caller.tell_allowed(dispatch.decision, task_id)
         if dispatch.series is not None and not reprs:
-            message = self._templates.fill(dispatch.series, task_id, args, kwargs)
+            try:
+                message = self._templates.fill(dispatch.series, task_id, args, kwargs)
+            except Exception as error:
+                self._translate(dispatch, error, inf)
+                raise
         options = dispatch.options | reprs if reprs else dispatch.options
-        return _Envelope(dispatch, args, kwargs, options, task_id, message)
+        deadline = time.monotonic() + self._timeout_s
+        return _Envelope(dispatch, args, kwargs, options, task_id, message, deadline)
 
     def _prepare_many(
         self,
@@ -462,10 +500,9 @@ class TaskSender:
             codec = self._find_codec(bound.method)
             arguments = _encode(codec, remaining.popleft(), {})
             dispatch = self._open(bound, options)
-            with self._translating(dispatch):
-                envelopes.append(self._fill_checked(dispatch, arguments))
-                for args in remaining:
-                    envelopes.append(self._fill_checked(dispatch, _encode(codec, args, {})))  # noqa: PERF401  # they are counted
+            envelopes.append(self._fill_checked(dispatch, arguments))
+            for args in remaining:
+                envelopes.append(self._fill_checked(dispatch, _encode(codec, args, {})))  # noqa: PERF401  # they are counted
         except AbstractSpakkyCeleryError as error:
             error.add_note(f"It is call {len(envelopes)} of the batch, counted from 0; none was sent.")
             raise
@@ -498,7 +535,7 @@ class TaskSender:
 
     def publish_to(self, celery: Celery, envelope: _Envelope) -> None:
         """Send one message through another Celery app, for an outlet; blocking, and without a timeout."""
-        with self._translating(envelope.dispatch):
+        with self._publishing(envelope):
             for step in envelope.before:
                 step()
             self._send_task(celery, envelope, envelope.options)
@@ -550,8 +587,7 @@ class TaskSender:
         if self.catalog is None:
             return {}
         options: dict[str, object] = {"reply_to": self.celery.thread_oid}
-        parent = self.celery.current_worker_task
-        if parent is not None:
+        if not is_running_nothing() and (parent := self.celery.current_worker_task) is not None:
             request = parent.request
             options |= {"root_id": request.root_id or request.id, "parent_id": request.id}
             if self.celery.conf.task_inherit_parent_priority:
@@ -591,8 +627,11 @@ class TaskSender:
 
     def _find_results(self, dispatch: _Dispatch) -> ResultSource:
         """Find where results are, to be asked for over the connections of this thread."""
-        celery = self._results
-        return ResultSource(celery, celery.backend, dispatch.ignore_result, codec_of(dispatch.method).decode_result)
+        if dispatch.results is not None and self.outlet is None:
+            return dispatch.results
+        celery, decode = self._results, codec_of(dispatch.method).decode_result
+        dispatch.results = ResultSource(celery, celery.backend, dispatch.ignore_result, decode)
+        return dispatch.results
 
     def _make_result(self, envelope: _Envelope) -> AsyncResult:
         return self._find_results(envelope.dispatch).make(envelope.task_id)
@@ -607,8 +646,8 @@ class TaskSender:
                 headers=envelope.dispatch.headers,
                 **options,
             )
-        with self._translating(envelope.dispatch), self._producers.acquire(self._timeout_s) as link:
-            return self._publish_with(link.producer, envelope, envelope.dispatch.deadline)
+        with self._publishing(envelope), self._producers.acquire(self._timeout_s) as link:
+            return self._publish_with(link.producer, envelope, envelope.deadline)
 
     def _publish_batch(self, envelopes: Sequence[_Envelope], progress: BatchProgress, deadline: float) -> None:
         messages = [envelope.message for envelope in envelopes if envelope.message is not None]
@@ -617,23 +656,27 @@ class TaskSender:
             progress.follow(batch)
             self._publish_prepared(envelopes, batch)
             return
-        with self._translating(envelopes[0].dispatch), self._producers.acquire(self._timeout_s) as link:
+        with self._publishing(envelopes[0]), self._producers.acquire(self._timeout_s) as link:
             for envelope in envelopes:
-                with self._translating(envelope.dispatch), progress.sending():
+                with self._publishing(envelope), progress.sending():
                     self._publish_with(link.producer, envelope, deadline)
 
     def _publish_prepared(self, envelopes: Sequence[_Envelope], batch: Batch) -> None:
-        with self._translating(envelopes[0].dispatch):
+        with self._publishing(envelopes[0]):
             self._prepared.send(batch, self._timeout_s)
         for place, error in sorted(batch.errors.items()):
-            with self._translating(envelopes[place].dispatch):
+            with self._publishing(envelopes[place]):
                 raise error
 
     def _translating(self, dispatch: _Dispatch) -> "_Translation":
-        """Raise what the hosts raise as errors of this package."""
-        return _Translation(self._translate, dispatch)
+        """Raise what the hosts raise as errors of this package, where nothing is sent."""
+        return _Translation(self._translate, dispatch, inf)
 
-    def _translate(self, dispatch: _Dispatch, error: BaseException) -> None:
+    def _publishing(self, envelope: _Envelope) -> "_Translation":
+        """Same, but what is raised after its deadline is a timeout."""
+        return _Translation(self._translate, envelope.dispatch, envelope.deadline)
+
+    def _translate(self, dispatch: _Dispatch, error: BaseException, deadline: float) -> None:
         if isinstance(error, TaskDispatchTimeoutError):
             return
         if isinstance(error, PublishTimeoutError):
@@ -641,7 +684,7 @@ class TaskSender:
         if isinstance(error, QueueNotFound):
             raise unknown_queue(dispatch.method.name, str(dispatch.options.get("queue"))) from None
         if isinstance(error, _TRANSPORT_ERRORS) and not isinstance(error, AbstractSpakkyCeleryError):
-            raise self._to_dispatch_error(dispatch, error) from error
+            raise self._to_dispatch_error(dispatch, error, deadline) from error
 
     def _publish_with(self, producer: Producer, envelope: _Envelope, deadline: float) -> AsyncResult:
         options, dispatch = dict(envelope.options), envelope.dispatch
@@ -681,13 +724,13 @@ class TaskSender:
         if size > limit:
             raise TaskMessageTooLargeError(dispatch.method.name, size, limit)
 
-    def _to_dispatch_error(self, dispatch: _Dispatch, error: Exception) -> Exception:
+    def _to_dispatch_error(self, dispatch: _Dispatch, error: Exception, deadline: float) -> Exception:
         name = dispatch.method.name
         if isinstance(error, EncodeError):
             serializer = str(dispatch.options.get("serializer") or self.celery.conf.task_serializer)
             return TaskNotEncodableError(name, serializer, str(error))
         timed_out = isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError)
-        if timed_out or time.monotonic() >= dispatch.deadline:  # redis-py's timeouts are no TimeoutError
+        if timed_out or time.monotonic() >= deadline:  # redis-py's timeouts are no TimeoutError
             return self._to_timeout_error(dispatch.method)
         reason = str(error) or type(error).__name__
         return TaskDispatchFailedError(name, self._producers.broker, self._producers.mask(reason))
@@ -725,4 +768,6 @@ def _encode(codec: TaskCodec, args: tuple[object, ...], kwargs: dict[str, object
     wire_args, wire_kwargs = codec.encode_arguments(args, kwargs)
     if wire_args and wire_args[0] is PREVIOUS:
         wire_args = wire_args[1:]
-    return _Arguments(wire_args, wire_kwargs, codec.masked_reprs(args, kwargs))
+    return _Arguments(
+        wire_args, wire_kwargs, codec.masked_reprs(args, kwargs) if codec.has_sensitive_arguments else _NO_REPRS
+    )

@@ -5,7 +5,7 @@ from typing import Any
 
 from celery import _state
 
-__all__ = ["RUN_KEY", "current_key", "key_by_run", "storage_of"]
+__all__ = ["RUN_KEY", "current_key", "is_running_nothing", "key_by_run", "storage_of"]
 
 RUN_KEY: ContextVar[object] = ContextVar("RUN_KEY", default=None)
 """The key of this context's run in Celery's stacks; None outside of bodies on an event loop."""
@@ -47,6 +47,12 @@ def current_key() -> object:
     """The key that Celery's stacks have here."""
     identify = getattr(_current_tasks(), "__ident_func__", None)
     return identify and identify()
+
+
+def is_running_nothing() -> bool:
+    """Whether no thread here has a current task; False: ask Celery, which raises two errors to find none."""
+    stack = _current_tasks()
+    return hasattr(stack, "_local") and not storage_of(stack)
 
 
 def _current_tasks() -> Any:

@@ -63,6 +63,10 @@ class TaskCatalog:
         """Names of the Pods of a handler class, in the order of registration."""
         return tuple(self._pods.get(handler, ()))
 
+    def has_several_pods(self, handler: type) -> bool:
+        """Whether a handler class alone does not say which Pod is meant."""
+        return len(self._pods.get(handler, ())) > 1
+
     def pod_for(self, method: TaskMethod, named: object) -> str | None:
         """Name the Pod that a run is for: the one that the message names, or the only one, else None.
 

@@ -18,7 +18,7 @@ from inspect import (
 )
 from pathlib import Path
 from types import FunctionType
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 from spakky.core.common.constants import ANNOTATION_METADATA, DYNAMIC_PROXY_CLASS_NAME_SUFFIX
@@ -154,8 +154,7 @@ def find_misfits(
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class BoundTask:
+class BoundTask(NamedTuple):
     """A task method bound to the handler instance that it was called on."""
 
     method: TaskMethod
@@ -265,8 +264,13 @@ def to_bound_task(callable_: object) -> BoundTask | None:
     if instance is None or function is None:
         wrapped = getattr(callable_, "__wrapped__", None)
         return None if wrapped is None else to_bound_task(wrapped)
-    method = find_task_method(to_own_class(type(instance)), function)
+    method = _find_own_method(type(instance), function)  # type: ignore[arg-type]  # classes can be hashed
     return None if method is None else BoundTask(method, instance)
+
+
+@lru_cache(maxsize=4096)
+def _find_own_method(class_: type, function: object) -> TaskMethod | None:
+    return find_task_method(to_own_class(class_), function)
 
 
 def to_dispatchable(callable_: object) -> BoundTask:

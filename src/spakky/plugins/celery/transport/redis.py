@@ -31,7 +31,7 @@ from spakky.plugins.celery.common.broker_url import has_tls_scheme
 from spakky.plugins.celery.common.fresh_ids import make_id
 from spakky.plugins.celery.common.plain_json import loads_json
 
-__all__ = ["Channel", "Message", "QoS", "Transport"]
+__all__ = ["Channel", "Message", "Push", "QoS", "Transport"]
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +131,9 @@ _TAKE_DIGEST: Final = hashlib.sha1(_TAKE.encode(), usedforsecurity=False).hexdig
 """What Redis calls the script by, once it knows it."""
 
 _BASE64: Final = "base64"
+
+_ANSWERS_BYTES: Final = 4096
+"""Answers to many more commands than are ever pushed at once."""
 
 _ASIDE: Final = ".undecodable"
 """What the names of lists end with that messages are moved aside to."""
@@ -378,10 +381,26 @@ class Channel(stock.Channel):
         connection = self._pusher
         if connection is None or not connection.is_connected:
             raise _LostConnectionError
+        connection.send_packed_command(self._pack_prefixed(connection, commands), check_health=False)
+        return [self._read_reply(connection) for _ in commands]
+
+    def begin_push(self, commands: list[list[Any]]) -> "Push | None":
+        """Same as ``push``, but waits for nothing; None: this connection has no way to that.
+
+        Args:
+            commands: Such as Redis answers with a number, or an error.
+        """
+        connection = self._pusher
+        plain = None if connection is None else connection._sock  # noqa: SLF001  # redis-py shows it in no other way
+        if type(plain) is not socket.socket or plain.gettimeout() is None:
+            return None  # with TLS a write may have to read, and one that blocks has its double block
+        (data,) = self._pack_prefixed(connection, commands)
+        return Push(plain, data, len(commands), connection, self._read_reply)
+
+    def _pack_prefixed(self, connection: Any, commands: list[list[Any]]) -> list[bytes]:
         if self.global_keyprefix:
             commands = [self.client._prefix_args(command) for command in commands]  # noqa: SLF001  # kombu's transports are made of such parts
-        connection.send_packed_command(_pack(connection, commands), check_health=False)
-        return [self._read_reply(connection) for _ in commands]
+        return _pack(connection, commands)
 
     def _read_reply(self, connection: Any) -> Any:
         try:
@@ -714,6 +733,65 @@ class _LostConnectionError(redis.ConnectionError):
 
     def __str__(self) -> str:
         return "The connection to Redis was lost"
+
+
+class Push:
+    """Commands that are on their way to Redis, and their answers; only ``end`` may wait for Redis."""
+
+    def __init__(
+        self, plain: socket.socket, data: bytes, count: int, connection: Any, read: Callable[[Any], Any]
+    ) -> None:
+        """Write what the socket takes at once.
+
+        Args:
+            plain: The connection's socket.
+            data: The commands.
+            count: How many they are.
+            connection: What ``end`` writes the rest to, and reads from.
+            read: Reads one answer.
+        """
+        # Python waits before it uses a socket that has a timeout. And the number of this one stays its own, whoever
+        # closes the other.
+        self._double = plain.dup()
+        self._double.settimeout(0)
+        self._count = count
+        self._connection = connection
+        self._read = read
+        try:
+            self._rest = data[self._double.send(data) :]
+        except OSError:  # no room, or no connection, which ``end`` comes across again
+            self._rest = data
+
+    def fileno(self) -> int:
+        """Number of the socket, for selectors: when it can be read, there are answers, or the connection is lost."""
+        return self._double.fileno()
+
+    @property
+    def is_written(self) -> bool:
+        """Whether nothing is left to write."""
+        return not self._rest
+
+    def end_at_once(self) -> list[Any] | None:
+        """Give the answers, where all are there and are numbers; None: ``end`` must be called, which may wait."""
+        try:
+            answers = self._double.recv(_ANSWERS_BYTES, socket.MSG_PEEK)
+        except OSError:
+            return None
+        *lines, rest = answers.split(b"\r\n")
+        if rest or len(lines) != self._count or any(line[:1] != b":" for line in lines):
+            return None
+        self._double.recv(len(answers))
+        self._double.close()
+        return [int(line[1:]) for line in lines]
+
+    def end(self) -> list[Any]:
+        """Write what is left, and read the answers, as ``Channel.push`` does."""
+        self._double.close()
+        if not self._connection.is_connected:
+            raise _LostConnectionError
+        if self._rest:
+            self._connection.send_packed_command([self._rest], check_health=False)
+        return [self._read(self._connection) for _ in range(self._count)]
 
 
 class _Watch:
