@@ -156,7 +156,8 @@ def test_a_second_sigint_ends_a_warm_shutdown(kind: str, tmp_path: Path) -> None
         found.wait_for("started", TAGS)
         found.worker.popen.send_signal(signal.SIGINT)
         found.worker.wait_for("Warm shutdown")
-        assert found.worker.stop(signal.SIGINT) == 0
+        # Celery's exit code of a cold shutdown is 1, but where it comes after the consumer's loop has seen the first.
+        assert found.worker.stop(signal.SIGINT) in {0, 1}
         assert found.tags("cleaned up") == sorted(TAGS)
         found.start()
         found.wait_for("started", TAGS, times=2)
