@@ -71,7 +71,7 @@ def test_how_cost_grows(tmp_path: Path) -> None:
     assert {axis for axis, _ in points} >= {"size", "queued", "registered", "workers", "start", "backlog", "paced"}
     assert all(points[place]["per_s"] > 0 for place in (("size", 100), ("queued", 10), ("registered", 10)))
     assert {amount for axis, amount in points if axis == "workers"} == {1, 2, 4}
-    # One for each message, but for those that the worker's wait has taken before: 20 at most with a concurrency of 1000.
+    # One for each message, but for those that the wait has taken before: 20 at most with a concurrency of 1000.
     assert 0.6 <= points["backlog", 50]["commands zadd"] <= 1
     written = document.read_text(encoding="utf-8")
     assert "### 100 machines on one Redis" in written

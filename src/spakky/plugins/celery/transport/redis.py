@@ -35,7 +35,7 @@ __all__ = ["Channel", "Message", "Push", "QoS", "Transport"]
 
 logger = logging.getLogger(__name__)
 
-_BATCH: Final = 50
+_BATCH: Final = 100
 """Most messages that are taken at once: a worker's loop does nothing else while it accepts them."""
 
 _BATCH_BYTES: Final = 1_000_000

@@ -8,6 +8,7 @@ accounted for as a success. Anything else that a body ends with goes through the
 import time
 from collections.abc import Callable, Mapping
 from contextvars import Context, ContextVar
+from functools import lru_cache
 from logging import INFO
 from typing import Any, Final, override
 from weakref import ref
@@ -69,7 +70,13 @@ class _TaskRequest(TaskRequest):  # type: ignore[misc]  # the host ships no type
         if limits:
             fields["time_limit"], fields["soft_time_limit"] = limits
         if fields.get("headers") is None:
-            fields["headers"] = {name: fields[name] for name in fields.keys() - _CELERYS_FIELDS} or None
+            fields["headers"] = {name: fields[name] for name in _others(tuple(fields))} or None
+
+
+@lru_cache(256)
+def _others(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Give names that are not Celery's: nearly all messages of a worker have the same few."""
+    return tuple(name for name in names if name not in _CELERYS_FIELDS)
 
 
 class BodyFirst:
