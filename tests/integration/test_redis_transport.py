@@ -719,7 +719,9 @@ def test_what_a_wait_has_taken_when_its_channel_is_closed_goes_back(scene: Scene
     wait_until(lambda: scene.count("unacked") == min(count, 1))
     reader.connection.release()
     assert scene.count("unacked") == 0
-    assert Reader(scene.connect()).read(count) == numbers(count)
+    again = Reader(scene.connect())
+    assert again.read(count) == numbers(count)
+    assert not any(message.delivery_info.get("redelivered") for message in again.messages)
 
 
 def test_messages_that_come_while_a_channel_is_closed(scene: Scene) -> None:
@@ -734,16 +736,38 @@ def test_messages_that_come_while_a_channel_is_closed(scene: Scene) -> None:
         assert scene.count("q") == number + 1
 
 
-def test_what_a_wait_takes_from_a_queue_that_is_cancelled_goes_back(scene: Scene) -> None:
-    hub, reader, _ = idle_reader(scene, "a", "b", prefetch=400)
-    reader.consumer.cancel_by_queue("a")
+def test_a_wait_takes_nothing_from_a_queue_that_is_cancelled(scene: Scene) -> None:
+    """What it took just before is where it was, as it was; others are waited for again."""
+    hub, reader, channel = idle_reader(scene, "a", "b", prefetch=400)
     scene.put("text", queue="a")
     wait_until(lambda: scene.count("unacked") == 1)
-    turn(hub, lambda: scene.count("unacked") == 0)
-    assert scene.count("a") == 1
+    reader.consumer.cancel_by_queue("a")
+    assert channel.promised == 0
+    assert [json.loads(raw)["headers"] for raw in scene.queued("a")] == [{}]
+    assert scene.count("unacked") == 0
     scene.put("more", queue="b")
     turn(hub, lambda: len(reader.messages) == 1)
     assert reader.texts == ["more"]
+
+
+def test_an_answer_that_cannot_be_taken_yet_is_not_looked_at(scene: Scene) -> None:
+    """It would wake the hub again and again, until there is room for its messages."""
+    hub, reader, channel = idle_reader(scene, prefetch=49)
+    scene.put("first")
+    turn(hub, lambda: len(reader.messages) == 1)
+    scene.put("second")
+    channel._is_drained = False
+    cycle = channel.connection.cycle
+    cycle.on_poll_start()
+    asked = channel.client.connection._sock
+    assert channel._in_poll
+    reader.consumer.qos(prefetch_count=1)
+    wait_until(lambda: scene.count("unacked") == 2)
+    for _ in range(3):
+        next(hub.loop)
+    assert asked.fileno() not in {*hub.readers, *cycle.fds}
+    reader.messages[0].ack()
+    turn(hub, lambda: len(reader.messages) == 2)
 
 
 def test_a_user_who_may_not_wait_has_its_hub_ask(scene: Scene) -> None:

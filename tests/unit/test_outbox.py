@@ -100,6 +100,18 @@ async def wait_for(event: threading.Event) -> None:
     await asyncio.to_thread(event.wait, LONG_S)
 
 
+async def test_one_that_sends_nothing_keeps_no_other_from_its_end(broker: Broker) -> None:
+    """What is to be sent by Celery waits elsewhere, for longer than its time here."""
+    publisher = Publisher(1)
+    outbox = Outbox(publisher, broker.send, 0.05)
+    broker.hold_up()
+    with outbox.open() as first, outbox.open() as second:
+        assert first.ask_for_admission() is second.ask_for_admission() is None
+        with pytest.raises(PublishTimeoutError):
+            await asyncio.wait_for(outbox.post(second, cast("WireMessage", "second")), LONG_S)
+    publisher.close()
+
+
 async def test_many_go_out_in_few_batches_and_in_order(outbox: Outbox, broker: Broker) -> None:
     """A thousand messages at once arrive in the order in which their coroutines began, by the batch."""
     await asyncio.gather(*(dispatch(outbox, number) for number in range(1000)))

@@ -279,7 +279,9 @@ class MessageTemplates:
         if source != self._source:
             self._templates.clear()
             self._is_stock = self._check_stock()
-            self._source = self._find_source()
+            source = self._find_source()
+            if source != self._source:  # another thread may have found the same, and have made templates by it
+                self._source = source
         return self._is_stock
 
     @cached_property

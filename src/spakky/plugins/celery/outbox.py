@@ -39,12 +39,13 @@ class Ticket:
     __slots__ = ("_is_admitted", "_is_posted", "deadline", "lane", "message", "waited_for")
 
     message: WireMessage
-    waited_for: "asyncio.Future[None]"
-    """What its coroutine waits for: admission first, then the broker."""
+    waited_for: "asyncio.Future[None] | None"
+    """What its coroutine waits for: admission first, then the broker; None: neither."""
 
     def __init__(self, lane: "_Lane", deadline: float) -> None:
         self.lane = lane
         self.deadline = deadline
+        self.waited_for = None
         self._is_admitted = self._is_posted = False
 
     def __enter__(self) -> Self:
@@ -61,7 +62,7 @@ class Ticket:
     @property
     def is_over(self) -> bool:
         """Whether nobody waits any more."""
-        return self.waited_for.done()
+        return self.waited_for is None or self.waited_for.done()
 
     def ask_for_admission(self) -> "asyncio.Future[None] | None":
         """Ask to make a message; None: it may be made, else what is to be awaited first, in the order of asking."""
@@ -76,10 +77,11 @@ class Ticket:
 
     def admit(self) -> bool:
         """Let its coroutine go on, if that still waits."""
-        if self.waited_for.done():
+        waited_for = self.waited_for
+        if waited_for is None or waited_for.done():
             return False
         self._is_admitted = True
-        self.waited_for.set_result(None)
+        waited_for.set_result(None)
         return True
 
     def post(self, message: WireMessage) -> "asyncio.Future[None]":
@@ -94,7 +96,7 @@ class Ticket:
     def end(self, error: BaseException | None) -> None:
         """Tell its coroutine what became of the message, if that still waits."""
         waited_for = self.waited_for
-        if waited_for.done():
+        if waited_for is None or waited_for.done():
             return
         if error is None:
             waited_for.set_result(None)
@@ -242,9 +244,11 @@ class _Lane:
         is_answered = begun.end_at_once()
         if not is_answered:
             self._queue(load)
-        self._send_posted()  # before those who waited are told: Redis has something to do meanwhile
-        if is_answered:
-            self._end(load.find_outcomes(None))
+        try:
+            self._send_posted()  # before those who waited are told: Redis has something to do meanwhile
+        finally:
+            if is_answered:
+                self._end(load.find_outcomes(None))
 
     def _end_waiting(self, awaited: _Awaited) -> _Awaited:
         """Look no more for an answer; before the socket is closed whose number the loop looks at."""

@@ -627,11 +627,12 @@ class TaskSender:
 
     def _find_results(self, dispatch: _Dispatch) -> ResultSource:
         """Find where results are, to be asked for over the connections of this thread."""
-        if dispatch.results is not None and self.outlet is None:
-            return dispatch.results
-        celery, decode = self._results, codec_of(dispatch.method).decode_result
-        dispatch.results = ResultSource(celery, celery.backend, dispatch.ignore_result, decode)
-        return dispatch.results
+        found, celery = dispatch.results, self._results
+        if found is not None and found.celery is celery and found.backend is celery.backend:
+            return found
+        decode = codec_of(dispatch.method).decode_result
+        dispatch.results = found = ResultSource(celery, celery.backend, dispatch.ignore_result, decode)
+        return found
 
     def _make_result(self, envelope: _Envelope) -> AsyncResult:
         return self._find_results(envelope.dispatch).make(envelope.task_id)

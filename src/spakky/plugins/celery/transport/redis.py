@@ -260,7 +260,7 @@ class QoS(stock.QoS):
 
 
 class Channel(stock.Channel):
-    """Takes messages by the batch, and waits on its queues without taking any."""
+    """Takes messages by the batch; a wait takes what ends it, where there is room."""
 
     QoS = QoS
     Message = Message
@@ -518,7 +518,8 @@ class Channel(stock.Channel):
                         qos.put_aside(taken.tags[begun - 1], key, taken.raws[begun - 1])
         finally:
             self.is_stored = False
-            self._put_back(taken.tags[begun:])  # what was accepted last has ended the worker
+            if begun < len(taken.keys):
+                self._put_back(taken, begun)  # what was accepted last has ended the worker
 
     def _watch(self) -> None:
         """Have Redis tell when a message comes, of any priority."""
@@ -627,29 +628,47 @@ class Channel(stock.Channel):
 
     @override
     def close(self) -> None:
-        if self.is_attached and not self.closed:
-            self._take_back_promises()
-        super().close()
+        try:
+            if self.is_attached and not self.closed:
+                self._take_back_promises()
+        finally:
+            super().close()
+
+    @override
+    def _basic_cancel(self, consumer_tag: str) -> None:
+        super()._basic_cancel(consumer_tag)
+        if self.is_attached:
+            self._take_back_promises()  # a worker that ends waits for what runs, and turns no hub meanwhile
 
     def _take_back_promises(self) -> None:
         """Have waits end, and put back what they have taken meanwhile.
 
         Redis answers to what it has done, and does nothing more, when it reads that nothing more will be asked.
         """
-        for watch in [watch for watch in self._watches.values() if watch.limit]:
-            lists, limit = watch.end()
-            with suppress(*self.connection_errors):
+        watches = [watch for watch in self._watches.values() if watch.limit]
+        for watch in watches:
+            with suppress(OSError):
                 watch.connection._sock.shutdown(socket.SHUT_WR)  # noqa: SLF001  # redis-py has no half of a close
-                if watch.connection.can_read(timeout=_LAST_ANSWER_S):
+        until = time.monotonic() + _LAST_ANSWER_S
+        for watch in watches:
+            lists, limit = watch.end()
+            with suppress(*self.connection_errors, self.ResponseError):
+                if watch.connection.can_read(timeout=max(0.0, until - time.monotonic())):
                     _, answer = self._read_watch(watch, limit)
                     if isinstance(answer, list):
-                        self._put_back(_Taken(lists, answer).tags)
+                        self._put_back(_Taken(lists, answer))
+            watch.connection.disconnect()
 
-    def _put_back(self, tags: Sequence[bytes]) -> None:
-        """Have these messages taken next, in their order."""
+    def _put_back(self, taken: "_Taken", begun: int = 0) -> None:
+        """Have messages taken next, in their order, as if they had never been taken, but for the first so many."""
+        left = list(zip(taken.keys, taken.raws, taken.tags, strict=True))[begun:]
+        if not left:
+            return
         qos: Any = self.qos
-        for tag in reversed(tags):
-            qos.restore_by_tag(tag)
+        with qos.pipe_or_acquire() as pipe:
+            for key, raw, tag in reversed(left):
+                pipe.rpush(key, raw).zrem(self.unacked_index_key, tag).hdel(self.unacked_key, tag)
+            pipe.execute()
 
     @override
     def _on_connection_disconnect(self, connection: Any) -> None:
@@ -844,8 +863,8 @@ class _Poller(stock.MultiChannelPoller):
 
     @property
     def fds(self) -> Any:
-        """Descriptors that the hub does not read yet: kombu adds them again each turn, which takes longer than it."""
-        return [fd for fd in self._fd_to_chan if self.readers.get(fd) != (self.reader, (fd,))]
+        """Descriptors that the hub is to read and does not yet: to add all again takes longer than its turn."""
+        return [fd for fd in super().fds if self.readers.get(fd) != (self.reader, (fd,))]
 
     @override
     def on_poll_start(self) -> None:
