@@ -50,7 +50,7 @@ def current_key() -> object:
 
 
 def is_running_nothing() -> bool:
-    """Whether no thread here has a current task; False: ask Celery, which raises two errors to find none."""
+    """Whether no thread here has a current task; False says nothing. Celery raises two errors to find none."""
     stack = _current_tasks()
     return hasattr(stack, "_local") and not storage_of(stack)
 
