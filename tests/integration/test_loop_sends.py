@@ -124,6 +124,16 @@ async def turn_until(is_done: Callable[[], object]) -> None:
         await asyncio.sleep(0.001)
 
 
+async def begin_unanswered(sender: Sender, *numbers: int) -> list[asyncio.Future[Any]]:
+    """Dispatch these, which have arrived then, and nobody here knows."""
+    await sender.write(0)
+    sender.proxy.passes_answers.clear()
+    calls = [asyncio.ensure_future(sender.write(number)) for number in numbers]
+    await turn_until(lambda: sender.lane._awaited)
+    await asyncio.sleep(0.02)
+    return calls
+
+
 def test_no_thread_takes_part(start: Callable[..., Sender]) -> None:
     """Once a link is open and knows the task, no publishing thread is asked for one message, nor for hundreds."""
     sender = start()
@@ -256,11 +266,7 @@ def test_a_connection_that_is_lost_before_the_answer(start: Callable[..., Sender
     sender = start()
 
     async def dispatch() -> list[str]:
-        await sender.write(0)
-        sender.proxy.passes_answers.clear()
-        calls = asyncio.gather(*map(sender.write, range(1, count + 1)))
-        await turn_until(lambda: sender.lane._awaited)
-        await asyncio.sleep(0.02)  # it has arrived, which nobody here knows
+        calls = asyncio.gather(*await begin_unanswered(sender, *range(1, count + 1)))
         sender.proxy.cut()
         sender.proxy.passes_answers.set()
         sender.proxy.mend()
@@ -277,11 +283,7 @@ def test_without_retries_a_connection_that_is_lost(start: Callable[..., Sender])
     sender = start(task_publish_retry=False)
 
     async def dispatch() -> list[Any]:
-        await sender.write(0)
-        sender.proxy.passes_answers.clear()
-        calls = asyncio.gather(*map(sender.write, range(1, 4)), return_exceptions=True)
-        await turn_until(lambda: sender.lane._awaited)
-        await asyncio.sleep(0.02)
+        calls = asyncio.gather(*await begin_unanswered(sender, *range(1, 4)), return_exceptions=True)
         sender.proxy.cut()
         sender.proxy.passes_answers.set()
         sender.proxy.mend()
@@ -373,11 +375,7 @@ def test_a_fork_amid_a_message(start: Callable[..., Sender]) -> None:
         return pid
 
     async def dispatch() -> int:
-        await sender.write(0)
-        sender.proxy.passes_answers.clear()
-        call = asyncio.ensure_future(sender.write(1))
-        await turn_until(lambda: sender.lane._awaited)
-        await asyncio.sleep(0.02)
+        (call,) = await begin_unanswered(sender, 1)
         child = dispatch_in_a_child()
         sender.proxy.passes_answers.set()
         await call
@@ -394,11 +392,7 @@ def test_a_stop_amid_a_message(start: Callable[..., Sender]) -> None:
     sender = start()
 
     async def dispatch() -> None:
-        await sender.write(0)
-        sender.proxy.passes_answers.clear()
-        call = asyncio.ensure_future(sender.write(1))
-        await turn_until(lambda: sender.lane._awaited)
-        await asyncio.sleep(0.02)
+        (call,) = await begin_unanswered(sender, 1)
         await asyncio.to_thread(sender.sender.close)
         sender.proxy.passes_answers.set()
         await call

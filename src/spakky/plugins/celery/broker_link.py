@@ -117,12 +117,8 @@ class RedisLink(BrokerLink):
         commands = _Commands()
         for place, message in batch.unsent.items():
             commands.place = place
-            text = self._find_text(message.template)
-            filled = None if text is None else text.fill(message)
-            if text is None or filled is None:
+            if not commands.add_text(self._find_text(message.template), message):
                 self._send_one(message, _publish_batch=commands)
-            else:
-                commands.add("lpush", text.key, filled)
         batch.note_written(commands.place)
         commands.note_replies(batch, self.producer.channel.push(commands.all))
 
@@ -130,12 +126,10 @@ class RedisLink(BrokerLink):
     def begin(self, batch: Batch) -> "Transfer | None":
         commands = _Commands()
         for place, message in batch.unsent.items():
-            text = self._texts.get(message.template)  # to find one, or to write without, may ask Redis
-            filled = None if text is None else text.fill(message)
-            if text is None or filled is None:
-                return None
             commands.place = place
-            commands.add("lpush", text.key, filled)
+            known = self._texts.get(message.template)  # to find one, or to write without, may ask Redis
+            if not commands.add_text(known, message):
+                return None
         push = self.producer.channel.begin_push(commands.all)
         if push is None:
             return None
@@ -166,6 +160,14 @@ class _Commands:
                 self._lists[args[0]] = group
         group[0].extend(args[1:])
         group[1].append(self.place)
+
+    def add_text(self, text: RedisText | None, message: WireMessage) -> bool:
+        """Take the command of a message; False, and nothing taken, where kombu must write it."""
+        filled = None if text is None else text.fill(message)
+        if text is None or filled is None:
+            return False
+        self.add("lpush", text.key, filled)
+        return True
 
     @property
     def all(self) -> list[list[Any]]:

@@ -190,7 +190,7 @@ class TaskCodec:
         Raises:
             TaskArgumentsError: With everything that does not fit the parameters, or their annotations.
         """
-        return (args, kwargs) if self._are_quick(args, kwargs) else self._convert(_ValueCodec.encode, args, kwargs)
+        return self._convert(_ValueCodec.encode, args, kwargs)
 
     def decode_arguments(
         self,
@@ -202,7 +202,7 @@ class TaskCodec:
         Raises:
             TaskArgumentsError: With everything that does not fit the parameters, or their annotations.
         """
-        return (args, kwargs) if self._are_quick(args, kwargs) else self._convert(_ValueCodec.decode, args, kwargs)
+        return self._convert(_ValueCodec.decode, args, kwargs)
 
     def encode_result(self, value: object) -> object:
         """Check what the body returned, and give what is stored.
@@ -222,15 +222,17 @@ class TaskCodec:
 
     def masked_reprs(self, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, str]:
         """Give the texts by which logs and events show a caller's arguments; none where Celery may make them."""
-        return self._mask(self._show, args, kwargs) if self._has_sensitive_arguments else {}
+        return self._mask(self._show, args, kwargs)
 
     def masked_wire_reprs(self, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, str]:
         """Give the same for what was in a message, of any producer: what is in the place of another may be a secret."""
-        return self._mask(self._show_if_plain, args, kwargs) if self._has_sensitive_arguments else {}
+        return self._mask(self._show_if_plain, args, kwargs)
 
     def _mask(
         self, show: Callable[[str, object], str], args: tuple[object, ...], kwargs: dict[str, object]
     ) -> dict[str, str]:
+        if not self._has_sensitive_arguments:
+            return {}
         shown = [show(parameter, value) for parameter, value in self._pair(args)]
         named = [f"{name!r}: {show(self._to_parameter(name), value)}" for name, value in kwargs.items()]
         return {"argsrepr": f"[{', '.join(shown)}]", "kwargsrepr": f"{{{', '.join(named)}}}"}
@@ -271,6 +273,8 @@ class TaskCodec:
         args: tuple[object, ...],
         kwargs: dict[str, object],
     ) -> tuple[tuple[object, ...], dict[str, object]]:
+        if self._are_quick(args, kwargs):
+            return args, kwargs
         problems = find_misfits(self._parameters, args, kwargs)
 
         def convert_one(parameter: str, value: object) -> object:

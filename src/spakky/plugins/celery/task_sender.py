@@ -85,7 +85,6 @@ _SMALL_HEADERS: Final = 4 * 1024
 
 _TRANSPORT_ERRORS: Final = (EncodeError, KombuError, OSError)
 
-_NO_REPRS: Final[dict[str, str]] = {}
 _NO_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
@@ -769,6 +768,4 @@ def _encode(codec: TaskCodec, args: tuple[object, ...], kwargs: dict[str, object
     wire_args, wire_kwargs = codec.encode_arguments(args, kwargs)
     if wire_args and wire_args[0] is PREVIOUS:
         wire_args = wire_args[1:]
-    return _Arguments(
-        wire_args, wire_kwargs, codec.masked_reprs(args, kwargs) if codec.has_sensitive_arguments else _NO_REPRS
-    )
+    return _Arguments(wire_args, wire_kwargs, codec.masked_reprs(args, kwargs))

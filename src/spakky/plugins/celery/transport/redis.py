@@ -184,9 +184,7 @@ class QoS(stock.QoS):
     def append(self, message: Any, delivery_tag: str) -> None:
         if self.channel.is_stored:
             message._raw = None  # noqa: SLF001  # what kombu stores, and the body twice
-            if self._dirty:
-                self._flush()
-            self._quick_append(delivery_tag, message)
+            virtual.QoS.append(self, message, delivery_tag)
         else:
             super().append(message, delivery_tag)
 
