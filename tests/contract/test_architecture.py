@@ -51,8 +51,10 @@ RUNNING = {
 WORKER_LIFE = {
     "worker",
     "worker.lifecycle",
+    "worker.amqp_acks",
     "worker.amqp_batches",
     "worker.amqp_frames",
+    "worker.amqp_properties",
     "worker.body_first",
     "worker.bounded_decompression",
     "worker.cold_shutdown",

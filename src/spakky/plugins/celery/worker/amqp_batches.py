@@ -6,13 +6,18 @@ with one. In each a thread lets go of the interpreter, and where others are busy
 
 import errno
 from struct import Struct
+from struct import error as StructError  # noqa: N812  # its name says too little
 from typing import Any, Final, override
 
+from amqp.basic_message import Message
 from amqp.exceptions import RecoverableConnectionError, UnexpectedFrame
+from amqp.serialization import loads
 from amqp.transport import TCPTransport
 from kombu.transport import pyamqp
 
 from spakky.plugins.celery.common.batches import at_batch_end, batch
+from spakky.plugins.celery.worker.amqp_acks import Channel
+from spakky.plugins.celery.worker.amqp_properties import PropertyReader
 
 __all__ = ["Transport"]
 
@@ -21,6 +26,14 @@ _CHUNK: Final = 64 * 1024
 _HEAD: Final = Struct(">BHI")
 _END: Final = 0xCE
 _OVERHEAD: Final = _HEAD.size + 1
+_HEADER_FRAME: Final = 2
+_BODY_FRAME: Final = 3
+_CONTENT_HEAD: Final = Struct(">HxxQ")
+_DELIVERED: Final = Struct(">Q?")
+_METHOD_SIZE: Final = 4
+_FRAMES: Final = 3
+"""Of a message."""
+_MOST_PLACES: Final = 256
 _WOULD_BLOCK: Final = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR})
 
 
@@ -56,6 +69,31 @@ class _Socket(TCPTransport):  # type: ignore[misc]  # the host ships no types
             raise UnexpectedFrame(message)
         return kind, channel, self._received[at + _HEAD.size : end - 1]
 
+    def find_content(self, channel: int) -> tuple[bytes, bytes, int] | None:
+        """Give header and body of a message, and where they end, if they come next and are here, in a frame each."""
+        received = self._received
+        header_at = self._at + _HEAD.size
+        try:
+            kind, header_channel, size = _HEAD.unpack_from(received, self._at)
+            header_end = header_at + size
+            body_at = header_end + _OVERHEAD
+            body_kind, body_channel, body_size = _HEAD.unpack_from(received, header_end + 1)
+            end = body_at + body_size
+            is_one = (
+                kind == _HEADER_FRAME
+                and body_kind == _BODY_FRAME
+                and channel == header_channel == body_channel
+                and received[header_end] == received[end] == _END
+                and _CONTENT_HEAD.unpack_from(received, header_at) == (Message.CLASS_ID, body_size)
+            )
+        except (StructError, IndexError):
+            return None  # the rest is still to come
+        return (received[header_at:header_end], received[body_at:end], end + 1) if is_one else None
+
+    def skip_to(self, end: int) -> None:
+        """Leave out what ``find_content`` has found."""
+        self._at = end
+
     def _receive(self) -> None:
         try:
             received = self._quick_recv(_CHUNK)
@@ -90,6 +128,13 @@ class _Socket(TCPTransport):  # type: ignore[misc]  # the host ships no types
 class _Connection(pyamqp.Connection):
     """kombu's, over such a socket; with TLS over py-amqp's own."""
 
+    Channel = Channel
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._properties = PropertyReader()
+        self._places: dict[bytes, tuple[str, str]] = {}
+
     @override
     def Transport(  # py-amqp's signature
         self,
@@ -105,6 +150,68 @@ class _Connection(pyamqp.Connection):
         if ssl:
             return super().Transport(host, connect_timeout, ssl, **timeouts, **options)
         return _Socket(host, connect_timeout=connect_timeout, **timeouts, **options)
+
+    @override
+    def close(self, *args: Any, **options: Any) -> Any:
+        for channel in (self.channels or {}).values():
+            if isinstance(channel, Channel):
+                channel.send_acks()
+        return super().close(*args, **options)
+
+    def take_message(self, number: int, method: bytes) -> bool:
+        """Give a message to whom it is for, as py-amqp does when it has handled three frames.
+
+        False, and nothing done, where it is not here as a whole, or not of the common kind.
+
+        Args:
+            number: Of the channel.
+            method: The frame that begins the delivery.
+        """
+        transport = self._transport
+        channel = (self.channels or {}).get(number)
+        if channel is None or channel.is_closing or not isinstance(transport, _Socket):
+            return False
+        content = transport.find_content(number)
+        if content is None:
+            return False
+        header, body, end = content
+        tag_at = _METHOD_SIZE + 1
+        tag_end = tag_at + method[_METHOD_SIZE]
+        consumer_tag = method[tag_at:tag_end].decode()
+        give = channel.callbacks.get(consumer_tag)
+        if give is None:
+            return False
+        delivery_tag, is_redelivered = _DELIVERED.unpack_from(method, tag_end)
+        exchange, routing_key = self._find_place(method[tag_end + _DELIVERED.size :])
+        try:
+            properties = self._properties.read(header)
+        except Exception:  # noqa: BLE001  # py-amqp raises it again
+            return False
+        transport.skip_to(end)
+        self.bytes_recv += _FRAMES  # py-amqp counts frames
+        encoding = properties.get("content_encoding") if channel.auto_decode else None
+        message: Any = Message(channel=channel)
+        message.body = body if encoding is None else _decode(body, encoding)
+        message.properties = properties
+        message.delivery_info = {
+            "consumer_tag": consumer_tag,
+            "delivery_tag": delivery_tag,
+            "redelivered": is_redelivered,
+            "exchange": exchange,
+            "routing_key": routing_key,
+        }
+        give(message)
+        return True
+
+    def _find_place(self, encoded: bytes) -> tuple[str, str]:
+        """Give exchange and routing key, which nearly all deliveries have alike."""
+        found = self._places.get(encoded)
+        if found is None:
+            (exchange, routing_key), _ = loads("ss", encoded, 0)
+            found = (exchange, routing_key)
+            if len(self._places) < _MOST_PLACES:
+                self._places[encoded] = found
+        return found
 
     def read_received(self) -> None:
         """Take what was received and not read."""
@@ -145,3 +252,11 @@ class Transport(pyamqp.Transport):
             except TimeoutError:
                 return
             connection.read_received()
+
+
+def _decode(body: bytes, encoding: str) -> str | bytes:
+    """Decode a body as a channel of py-amqp does: what it cannot is left as it is."""
+    try:
+        return body.decode(encoding)
+    except (LookupError, ValueError):
+        return body

@@ -1,7 +1,8 @@
-"""Owns how AMQP properties that py-amqp cannot read become those of a message that is refused. Reads no message itself.
+"""Owns what a worker does with the frames of a connection before py-amqp does. Reads no message itself.
 
-What py-amqp raises for them ends whoever reads from the connection, and the message, which nobody has acknowledged, is
-delivered to the next worker, and ends that one.
+What py-amqp raises for properties that it cannot read ends whoever reads from the connection, and the message, which
+nobody has acknowledged, is delivered to the next worker, and ends that one: they become those of a message that is
+refused. And a connection that has a whole message at hand is asked to take it.
 """
 
 from collections.abc import Callable
@@ -9,15 +10,18 @@ from struct import pack
 from typing import Any, Final
 
 from amqp.method_framing import frame_handler
+from amqp.spec import Basic
+
+from spakky.plugins.celery.worker.amqp_properties import PROPERTIES_AT
 
 __all__ = ["UNREADABLE_PROPERTIES", "read_frames"]
 
 UNREADABLE_PROPERTIES: Final = "application/x-unreadable-properties"
 """Content type of such a message, which no decoder takes."""
 
+_METHOD_FRAME: Final = 1
 _HEADER_FRAME: Final = 2
-_SIZES_END: Final = 12
-"""Class, weight and size of the body are before the properties."""
+_DELIVER: Final = pack(">HH", *Basic.Deliver)
 _CONTENT_TYPE_ALONE: Final = 0x8000
 _PROPERTIES: Final = pack(
     f">HB{len(UNREADABLE_PROPERTIES)}s", _CONTENT_TYPE_ALONE, len(UNREADABLE_PROPERTIES), UNREADABLE_PROPERTIES.encode()
@@ -25,7 +29,11 @@ _PROPERTIES: Final = pack(
 
 
 class _FrameReader:
-    """Makes what handles the frames of a connection: py-amqp's own, as its ``frame_handler`` argument takes it."""
+    """Makes what handles the frames of a connection: py-amqp's own, as its ``frame_handler`` argument takes it.
+
+    A connection may have a method ``take_message``, which is given the number of a channel and the method frame that
+    begins a delivery, and tells whether it has taken the message, with the frames that follow.
+    """
 
     def __json__(self) -> str:
         """What ``inspect stats`` shows: it has the options of the worker's connection."""
@@ -33,6 +41,8 @@ class _FrameReader:
 
     def __call__(self, connection: Any, callback: Callable[..., object]) -> Callable[[Any], object]:
         delivered = 0
+        begun: set[int] = set()
+        take: Callable[[int, bytes], bool] = getattr(connection, "take_message", lambda *_: False)
 
         def deliver(*arguments: Any) -> object:
             nonlocal delivered
@@ -42,14 +52,21 @@ class _FrameReader:
         handle = frame_handler(connection, deliver)
 
         def read(frame: tuple[int, int, bytes]) -> object:
+            kind, channel, content = frame
+            if kind == _METHOD_FRAME and content.startswith(_DELIVER) and channel not in begun:
+                if take(channel, content):
+                    return True
+                begun.add(channel)
             before = delivered
             try:
-                return handle(frame)
+                is_whole = handle(frame)
             except Exception:
-                kind, channel, content = frame
                 if kind != _HEADER_FRAME or delivered != before:  # who was given a message has raised it
                     raise
-            return handle((kind, channel, bytes(content[:_SIZES_END]) + _PROPERTIES))
+                is_whole = handle((kind, channel, bytes(content[:PROPERTIES_AT]) + _PROPERTIES))
+            if is_whole:
+                begun.discard(channel)
+            return is_whole
 
         return read
 
