@@ -21,6 +21,7 @@ SENDING = {
     "aspects.authentication",
     "aspects.task_dispatch",
     "aspects.transactions",
+    "amqp_text",
     "batch",
     "broker_link",
     "caller_headers",
@@ -37,6 +38,7 @@ SENDING = {
     "producer_connections",
     "publisher",
     "redis_text",
+    "text_parts",
     "task_sender",
 }
 RUNNING = {
@@ -99,6 +101,7 @@ VALUES = {
     "common.run_key",
     "common.run_state",
     "common.shared_round_trips",
+    "common.socket_double",
     "common.task_body",
     "common.task_catalog",
     "common.task_loop",

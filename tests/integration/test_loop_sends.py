@@ -1,4 +1,4 @@
-"""Messages that an event loop writes to Redis from its own thread: nothing there waits, and nothing is lost by it."""
+"""Messages that an event loop writes from its own thread: nothing there waits, and nothing is lost by it."""
 
 import asyncio
 import gc
@@ -24,7 +24,7 @@ from spakky.plugins.celery import outbox as outbox_module
 from spakky.plugins.celery.common.customizer import CeleryCustomizer
 from spakky.plugins.celery.dispatch import TaskDispatcher
 from spakky.plugins.celery.error import TaskDispatchFailedError
-from support.brokers import REDIS_URL, require_server
+from support.brokers import AMQP_URL, REDIS_URL, require_server
 from support.messages import taken_from
 from support.probe import build
 from support.servers import CuttableProxy, cuttable_proxy
@@ -54,8 +54,9 @@ class Customizer(CeleryCustomizer):
 
 @dataclass
 class Sender:
-    """A started application, Redis behind a proxy, and a queue of its own."""
+    """A started application, a broker behind a proxy, and a queue of its own."""
 
+    kind: str
     app: SpakkyApplication
     proxy: CuttableProxy
     queue: str
@@ -74,7 +75,18 @@ class Sender:
 
     def arrived(self) -> list[int]:
         """Take what is in the queue."""
-        return [message.decode()[0][0] for message in taken_from(REDIS_URL, self.queue)]
+        return [message.decode()[0][0] for message in self.taken()]
+
+    def taken(self) -> list[Any]:
+        return taken_from(BROKERS[self.kind][0], self.queue)
+
+    def socket(self) -> socket.socket:
+        """That of its one link."""
+        link = next(iter(self.sender._producers._pool.links))
+        found: socket.socket = (
+            link.producer.channel._pusher._sock if self.kind == "redis" else link._channel.connection.transport.sock
+        )
+        return found
 
     @contextmanager
     def without_publisher(self) -> Iterator[None]:
@@ -89,21 +101,28 @@ def publishing_threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name == "spakky-celery-publish"}
 
 
-@pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Sender]]:
-    require_server(REDIS_URL, "SPAKKY_TEST_REDIS_URL", 6379)
-    parts = urlsplit(REDIS_URL)
+BROKERS = {
+    "redis": (REDIS_URL, "SPAKKY_TEST_REDIS_URL", 6379),
+    "amqp": (AMQP_URL, "SPAKKY_TEST_AMQP_URL", 5672),
+}
+
+
+@pytest.fixture(params=BROKERS)
+def start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Sender]]:
+    url, _, port = BROKERS[request.param]
+    require_server(*BROKERS[request.param])
+    parts = urlsplit(url)
     queue = f"test-{uuid4().hex[:12]}"
     started: list[Sender] = []
 
     def start_application(*, room: int = 0, **settings: Any) -> Sender:
         monkeypatch.setattr(Settings, "changed", settings)
-        proxies = cuttable_proxy(parts.hostname or "127.0.0.1", parts.port or 6379, room)
+        proxies = cuttable_proxy(parts.hostname or "127.0.0.1", parts.port or port, room)
         proxy = proxies.__enter__()
         netloc = f"{parts.netloc.rpartition('@')[0]}@127.0.0.1:{proxy.port}".lstrip("@")
         monkeypatch.setenv("SPAKKY_CELERY__BROKER_URL", parts._replace(netloc=netloc).geturl())
         monkeypatch.setenv("SPAKKY_CELERY__APP_NAME", queue)
-        sender = Sender(build(Letters, Customizer).start(), proxy, queue)
+        sender = Sender(request.param, build(Letters, Customizer).start(), proxy, queue)
         closing.append(proxies)
         started.append(sender)
         return sender
@@ -113,9 +132,13 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Sender]]:
     for sender, proxies in zip(started, closing, strict=True):
         sender.app.stop()
         proxies.__exit__(None, None, None)
-    with Connection(REDIS_URL) as connection:
+    with Connection(url) as connection:
         channel = connection.default_channel
-        channel.client.delete(queue, f"_kombu.binding.{queue}")
+        if request.param == "redis":
+            channel.client.delete(queue, f"_kombu.binding.{queue}")
+        else:
+            channel.queue_delete(queue)
+            channel.exchange_delete(queue)
 
 
 async def turn_until(is_done: Callable[[], object]) -> None:
@@ -155,8 +178,7 @@ def test_a_server_that_takes_no_more(start: Callable[..., Sender]) -> None:
 
     async def dispatch() -> None:
         await sender.write(0)
-        link = next(iter(sender.sender._producers._pool.links))
-        link.producer.channel._pusher._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+        sender.socket().setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
         with sender.without_publisher():
             await sender.write(1)
         sender.proxy.takes_requests.clear()
@@ -171,14 +193,14 @@ def test_a_server_that_takes_no_more(start: Callable[..., Sender]) -> None:
         await asyncio.gather(held, *later)
 
     asyncio.run(dispatch())
-    messages = taken_from(REDIS_URL, sender.queue)
+    messages = sender.taken()
     assert [message.decode()[0][0] for message in messages] == [0, 1, 2, 3, 4]
     assert messages[2].decode()[0][1] == "y" * 60_000
 
 
 @pytest.mark.parametrize("answer_size", [1, 2])
 def test_an_answer_in_pieces(start: Callable[..., Sender], answer_size: int) -> None:
-    """An answer of which a piece is there is waited for by a publishing thread."""
+    """An answer of which a piece is there is waited for: with Redis by a publishing thread."""
     sender = start()
 
     async def dispatch() -> None:
@@ -188,8 +210,12 @@ def test_an_answer_in_pieces(start: Callable[..., Sender], answer_size: int) -> 
             await sender.write(number)
         await asyncio.gather(*map(sender.write, range(20, 300)))
 
+        if sender.kind == "amqp":
+            with sender.without_publisher():
+                await sender.write(300)
+
     asyncio.run(dispatch())
-    assert sender.arrived() == list(range(300))
+    assert sender.arrived()[:300] == list(range(300))
 
 
 def test_a_late_answer(start: Callable[..., Sender]) -> None:
@@ -273,7 +299,7 @@ def test_a_connection_that_is_lost_before_the_answer(start: Callable[..., Sender
         return [result.task_id for result in await calls]
 
     ids = asyncio.run(dispatch())
-    messages = taken_from(REDIS_URL, sender.queue)
+    messages = sender.taken()
     sent = [message.headers["id"] for message in messages[1:]]
     assert sent == ids * 2  # the same ids, perhaps twice: at least once
 
@@ -310,6 +336,7 @@ def test_a_connection_that_was_lost_before(start: Callable[..., Sender]) -> None
     assert sender.arrived() == list(range(8))
 
 
+@pytest.mark.parametrize("start", ["redis"], indirect=True)
 def test_what_redis_refuses(start: Callable[..., Sender]) -> None:
     """An error that Redis answers with is each caller's own, and the link serves on."""
     sender = start()
@@ -416,3 +443,19 @@ def test_a_batch_that_cannot_be_begun(start: Callable[..., Sender], monkeypatch:
     asyncio.run(dispatch())
     assert sender.arrived() == list(range(100))
     assert outbox_module._ADMITTED < 99
+
+
+@pytest.mark.parametrize("start", ["amqp"], indirect=True)
+def test_a_channel_that_rabbitmq_closes(start: Callable[..., Sender]) -> None:
+    """What was written over it is sent again over another."""
+    sender = start()
+
+    async def dispatch() -> None:
+        await sender.write(0)
+        with Connection(AMQP_URL) as connection:
+            connection.default_channel.exchange_delete(sender.queue)
+        await asyncio.gather(*map(sender.write, range(1, 20)))
+        await sender.write(20)
+
+    asyncio.run(dispatch())
+    assert sender.arrived() == list(range(21))

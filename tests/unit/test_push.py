@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import redis
 
+from spakky.plugins.celery.common.socket_double import SocketDouble
 from spakky.plugins.celery.transport.redis import Push
 
 COMMAND = b"*3\r\n$5\r\nLPUSH\r\n$1\r\nq\r\n$1\r\nm\r\n"
@@ -22,7 +23,7 @@ class Ends:
     server: socket.socket
 
     def push(self, data: bytes = COMMAND, count: int = 1) -> Push:
-        return Push(self.own, data, count, self.connection, self.read)
+        return Push(SocketDouble().write(self.own, data), count, self.connection, self.read)
 
     @staticmethod
     def read(connection: Any) -> Any:
@@ -57,7 +58,7 @@ def ends() -> Iterator[Ends]:
 def test_what_there_is_room_for_is_written_at_once(ends: Ends) -> None:
     """Then all answers are read without waiting."""
     push = ends.push(COMMAND * 2, 2)
-    assert push.is_written
+    assert push.write.is_written
     assert ends.server.recv(1000) == COMMAND * 2
     assert push.end_at_once() is None
     ends.server.sendall(b":1\r\n:2\r\n")
@@ -70,7 +71,7 @@ def test_a_full_socket_keeps_nobody(ends: Ends) -> None:
     """Where there is no room, nothing is written before ``end``, which waits until there is."""
     filled = ends.fill()
     push = ends.push()
-    assert not push.is_written
+    assert not push.write.is_written
     assert push.end_at_once() is None
     answers: list[Any] = []
     ending = threading.Thread(target=lambda: answers.extend(push.end()))
@@ -123,6 +124,6 @@ def test_a_connection_that_was_closed_before(ends: Ends) -> None:
     """What cannot be written is no error before ``end``."""
     ends.server.close()
     push = ends.push()
-    assert not push.is_written
+    assert not push.write.is_written
     with pytest.raises(redis.ConnectionError):
         push.end()

@@ -1,18 +1,27 @@
 """Owns one connection to the broker, and how prepared messages go over it by the batch. Makes no message.
 
-Redis takes a batch as one command for each queue, RabbitMQ as one write for each message and a confirm for all of them,
-any other broker one message after another.
+Redis takes a batch as one command for each queue, RabbitMQ as messages in a row and a confirm for all of them, any
+other broker one message after another.
 """
 
+import socket
+import threading
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from contextlib import suppress
+from itertools import batched
 from typing import Any, Final, override
 
 from amqp.channel import Channel as AmqpChannel
-from amqp.exceptions import MessageNacked
+from amqp.exceptions import MessageNacked, RecoverableConnectionError
+from amqp.transport import TCPTransport
 from kombu.connection import Connection
 from kombu.messaging import Producer
 
+from spakky.plugins.celery.amqp_text import AmqpText
 from spakky.plugins.celery.batch import Batch
+from spakky.plugins.celery.common.socket_double import SocketDouble, UnwaitedWrite
 from spakky.plugins.celery.message_templates import MessageTemplate, WireMessage, to_transport_message
 from spakky.plugins.celery.redis_text import RedisText
 
@@ -20,6 +29,15 @@ __all__ = ["BrokerLink", "Transfer", "make_link"]
 
 _MAX_UNCONFIRMED: Final = 500
 """Messages that are written before their confirms are read: RabbitMQ must not wait for us while we wait for it."""
+
+_MOST_JOINED: Final = 64 * 1024
+"""Bytes of messages that are written together."""
+
+_COLLECT_S: Final = 1.0
+"""Time that another thread has to let go of a connection; one that a fork has not copied never does."""
+
+_CAN_ASK_NOT_TO_WAIT: Final = hasattr(socket, "MSG_DONTWAIT")
+"""Whether py-amqp's sockets, which have no timeout, can be written to without waiting."""
 
 _CONFIRM_SLICE_S: Final = 0.001
 
@@ -36,6 +54,8 @@ class BrokerLink:
         self.connection = connection
         self.producer = Producer(connection, auto_declare=False)
         self._declared: set[MessageTemplate] = set()
+        self._double = SocketDouble()
+        self._collecting = threading.Lock()
 
     def is_ready_for(self, template: MessageTemplate) -> bool:
         """Whether a message needs no more than to be sent: the connection is open, and its queue is declared."""
@@ -86,7 +106,13 @@ class BrokerLink:
 
     def collect(self) -> None:
         """Let go of the connection without talking to the broker, which may hang."""
-        self.connection.collect(0.1)
+        self._double.close()
+        # kombu's takes one thread at a time, and who uses the connection may see its end while another closes it.
+        if self._collecting.acquire(timeout=_COLLECT_S):
+            try:
+                self.connection.collect(0.1)
+            finally:
+                self._collecting.release()
 
 
 class RedisLink(BrokerLink):
@@ -130,11 +156,11 @@ class RedisLink(BrokerLink):
             known = self._texts.get(message.template)  # to find one, or to write without, may ask Redis
             if not commands.add_text(known, message):
                 return None
-        push = self.producer.channel.begin_push(commands.all)
+        push = self.producer.channel.begin_push(commands.all, self._double)
         if push is None:
             return None
         batch.note_written(commands.place)
-        return Transfer(push, commands, batch)
+        return _RedisTransfer(push, commands, batch)
 
     def _find_text(self, template: MessageTemplate) -> RedisText | None:
         if template not in self._texts:
@@ -183,44 +209,53 @@ class _Commands:
         batch.note_rest_sent()
 
 
-class Transfer:
+class Transfer(ABC):
     """A batch that is on its way over a link, which is for nothing else until ``end``; only that may wait."""
 
-    def __init__(self, push: Any, commands: _Commands, batch: Batch) -> None:
+    def __init__(self, write: UnwaitedWrite, batch: Batch) -> None:
         """Keep what was begun.
 
         Args:
-            push: As the Redis transport's ``begin_push`` gives it.
-            commands: What it is of.
-            batch: What they are made of.
+            write: What the batch is in bytes.
+            batch: The batch.
         """
-        self._push = push
-        self._commands = commands
+        self.write = write
         self._batch = batch
 
-    def fileno(self) -> int:
-        """Number of the socket, for selectors: it can be read when there is an answer."""
-        return int(self._push.fileno())
+    @abstractmethod
+    def end_at_once(self) -> bool:
+        """Tell the batch what became of all, if that is known; waits for nothing."""
 
     @property
-    def is_written(self) -> bool:
-        """Whether there is nothing left to do but to wait for the answer."""
-        return bool(self._push.is_written)
+    def is_open(self) -> bool:
+        """Whether ``end_at_once`` can know it when the socket can be read again; else ``end`` must be called."""
+        return False
 
-    def end_at_once(self) -> bool:
-        """Tell the batch that all were sent, if that is known; else ``end`` must be called."""
-        replies = self._push.end_at_once()
-        if replies is None:
-            return False
-        self._commands.note_replies(self._batch, replies)
-        return True
-
+    @abstractmethod
     def end(self) -> None:
         """Send what is left, wait for the answer, and tell the batch.
 
         Raises:
             Exception: As ``BrokerLink.send`` does.
         """
+
+
+class _RedisTransfer(Transfer):
+    def __init__(self, push: Any, commands: _Commands, batch: Batch) -> None:
+        super().__init__(push.write, batch)
+        self._push = push
+        self._commands = commands
+
+    @override
+    def end_at_once(self) -> bool:
+        replies = self._push.end_at_once()
+        if replies is None:
+            return False
+        self._commands.note_replies(self._batch, replies)
+        return True
+
+    @override
+    def end(self) -> None:
         self._commands.note_replies(self._batch, self._push.end())
 
 
@@ -233,6 +268,7 @@ class AmqpLink(BrokerLink):
 
     def _reset(self) -> None:
         self._channel: Any = None
+        self._texts: dict[MessageTemplate, AmqpText | None] = {}
         self._sent = 0
         self._unconfirmed: dict[int, tuple[Batch, int]] = {}
 
@@ -267,25 +303,106 @@ class AmqpLink(BrokerLink):
 
     @override
     def send(self, batch: Batch) -> None:
-        channel, is_confirming, deadline = self._channel, self._is_confirming, batch.deadline
-        for place, message in list(batch.unsent.items()):
-            template = message.template
-            batch.note_written(place)
-            AmqpChannel.basic_publish(  # the channel's own waits for a confirm each time
-                channel,
-                to_transport_message(channel, message),
-                exchange=template.exchange,
-                routing_key=template.routing_key,
-                timeout=_remaining_s(deadline),
-            )
-            self._sent += 1
-            if not is_confirming:
-                batch.note_sent(place)
+        for part in batched(list(batch.unsent.items()), _MAX_UNCONFIRMED):
+            self._write_all(batch, part)
+            self._wait_for_confirms(batch.deadline)
+
+    def _write_all(self, batch: Batch, messages: Iterable[tuple[int, WireMessage]]) -> None:
+        joined: dict[int, bytes] = {}
+        size = 0
+        for place, message in messages:
+            text = self._find_text(message.template)
+            frames = None if text is None else text.fill(message)
+            if frames is None:
+                self._write(batch, joined)
+                self._publish(batch, place, message)
                 continue
+            if size + len(frames) > _MOST_JOINED:
+                self._write(batch, joined)
+                size = 0
+            joined[place] = frames
+            size += len(frames)
+        self._write(batch, joined)
+
+    def _write(self, batch: Batch, joined: dict[int, bytes]) -> None:
+        """Write messages, as py-amqp does, and clear them."""
+        if not joined:
+            return
+        connection = self._channel.connection
+        with suppress(TimeoutError):
+            connection.drain_events(timeout=0)  # a broker that has gone away would take what is written now for nobody
+        batch.note_written(max(joined))
+        try:
+            with connection.transport.having_timeout(_remaining_s(batch.deadline)):
+                connection.transport.write(b"".join(joined.values()))
+        except TimeoutError:
+            message = "messages could not be written in time"
+            raise RecoverableConnectionError(message) from None
+        for place in joined:
+            self._note_written(batch, place)
+        joined.clear()
+
+    def _publish(self, batch: Batch, place: int, message: WireMessage) -> None:
+        batch.note_written(place)
+        AmqpChannel.basic_publish(  # the channel's own waits for a confirm each time
+            self._channel,
+            to_transport_message(self._channel, message),
+            exchange=message.template.exchange,
+            routing_key=message.template.routing_key,
+            timeout=_remaining_s(batch.deadline),
+        )
+        self._note_written(batch, place)
+
+    def _note_written(self, batch: Batch, place: int) -> None:
+        if self._is_confirming:
+            self._sent += 1
             self._unconfirmed[self._sent] = (batch, place)
-            if len(self._unconfirmed) >= _MAX_UNCONFIRMED:
-                self._wait_for_confirms(deadline)
+        else:
+            batch.note_sent(place)
+
+    def _find_text(self, template: MessageTemplate) -> AmqpText | None:
+        if template not in self._texts:
+            self._texts[template] = AmqpText.of(self._channel, template)
+        return self._texts[template]
+
+    @override
+    def begin(self, batch: Batch) -> Transfer | None:
+        transport = self._channel.connection.transport
+        if not self._is_confirming or type(transport) is not TCPTransport or not _CAN_ASK_NOT_TO_WAIT:
+            return None  # without confirms there is no answer to look for, and with TLS a write may have to read
+        joined = []
+        for message in batch.unsent.values():
+            text = self._find_text(message.template)
+            frames = None if text is None else text.fill(message)
+            if frames is None:
+                return None
+            joined.append(frames)
+        batch.note_written(max(batch.unsent))
+        for place in batch.unsent:
+            self._note_written(batch, place)
+        plain: Any = transport.sock
+        return _AmqpTransfer(self._double.write(plain, b"".join(joined)), batch, self)
+
+    def end(self, rest: bytes, deadline: float) -> None:
+        """Send what is left of messages that are to be confirmed, and wait for the confirms."""
+        transport = self._channel.connection.transport
+        if rest:
+            with transport.having_timeout(_remaining_s(deadline)):
+                transport.write(rest)
         self._wait_for_confirms(deadline)
+
+    def take_confirms(self) -> bool:
+        """Read what has come, and tell whether all is confirmed; waits for nothing.
+
+        Raises:
+            Exception: As ``send`` does.
+        """
+        try:
+            while self._unconfirmed:
+                self._channel.connection.blocking_read(timeout=0)
+        except TimeoutError:
+            return False
+        return True
 
     def _wait_for_confirms(self, deadline: float) -> None:
         while self._unconfirmed:
@@ -302,6 +419,33 @@ class AmqpLink(BrokerLink):
     def _take(self, tag: int, multiple: bool) -> list[tuple[Batch, int]]:
         tags = [known for known in self._unconfirmed if known <= tag] if multiple else [tag]
         return [self._unconfirmed.pop(known) for known in tags if known in self._unconfirmed]
+
+
+class _AmqpTransfer(Transfer):
+    def __init__(self, write: UnwaitedWrite, batch: Batch, link: AmqpLink) -> None:
+        super().__init__(write, batch)
+        self._link = link
+        self._error: Exception | None = None
+
+    @override
+    def end_at_once(self) -> bool:
+        try:
+            return self._link.take_confirms()
+        except Exception as error:  # noqa: BLE001  # ``end`` raises it
+            self._error = error
+            return False
+
+    @property
+    @override
+    def is_open(self) -> bool:
+        return self._error is None
+
+    @override
+    def end(self) -> None:
+        self.write.end()
+        if self._error is not None:
+            raise self._error
+        self._link.end(self.write.rest, self._batch.deadline)
 
 
 def make_link(connection: Connection) -> BrokerLink:

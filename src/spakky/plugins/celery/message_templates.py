@@ -131,14 +131,22 @@ class MessageSeries:
     parent_id: str | None
     reply_to: str
 
-    @cached_property
-    def texts(self) -> "SeriesTexts | None":
-        """What is in the headers and properties of each message, as JSON; None where another of Celery's differs."""
+    @property
+    def own_headers(self) -> dict[str, Any] | None:
+        """Headers beside Celery's; None where one of Celery's is another but ``IGNORE_RESULT``, which always is."""
         more = {name: value for name, value in self.headers.items() if name != IGNORE_RESULT}
         if not self.template.headers.keys().isdisjoint(more) or IGNORE_RESULT not in self.headers:
             return None
+        return more
+
+    @cached_property
+    def texts(self) -> "SeriesTexts | None":
+        """What is in the headers and properties of each message, as JSON; None where another of Celery's differs."""
+        more = self.own_headers
+        if more is None:
+            return None
         return SeriesTexts(
-            None if self.root_id is None else to_json(self.root_id),
+            to_json(self.root_id) if self.root_id else None,
             to_json(self.parent_id),
             to_json(self.reply_to),
             to_json(self.headers[IGNORE_RESULT]),

@@ -240,9 +240,15 @@ class _Lane:
         return True
 
     def _end_awaited(self) -> None:
-        load, begun = self._end_waiting(cast("_Awaited", self._awaited))
+        awaited = cast("_Awaited", self._awaited)
+        load, begun = awaited
         is_answered = begun.end_at_once()
-        if not is_answered:
+        if not is_answered and begun.is_open:
+            return
+        self._end_waiting(awaited)
+        if is_answered:
+            begun.close()
+        else:
             self._queue(load)
         try:
             self._send_posted()  # before those who waited are told: Redis has something to do meanwhile

@@ -116,19 +116,29 @@ class BegunBatch:
 
     def fileno(self) -> int:
         """Number of the socket, for selectors: it can be read when there is an answer."""
-        return self._transfer.fileno()
+        return self._transfer.write.fileno()
 
     @property
     def is_written(self) -> bool:
         """Whether there is nothing left to do but to wait for the answer."""
-        return self._transfer.is_written
+        return self._transfer.write.is_written
 
     def end_at_once(self) -> bool:
-        """Tell the batch that all were sent, if that is known; else ``end`` must be called."""
-        if not self._transfer.end_at_once():
-            return False
+        """Tell the batch what became of all, if that is known; waits for nothing."""
+        is_known = self._transfer.end_at_once()
+        if is_known:
+            _convert_errors(self._batch)
+        return is_known
+
+    @property
+    def is_open(self) -> bool:
+        """Whether ``end_at_once`` can know it when the socket can be read again; else ``end`` must be called."""
+        return self._transfer.is_open
+
+    def close(self) -> None:
+        """Give the link back, when it is known what became of all."""
+        self._transfer.write.end()
         self._taken.give_back()
-        return True
 
     def end(self) -> None:
         """Send the rest and wait for the answer; what a lost connection leaves is left in the batch.

@@ -7,7 +7,6 @@ Here the JSON is kombu's by construction, and each message costs no more than wh
 import re
 from binascii import b2a_base64
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any, Final, Self
 
 from kombu.transport.virtual.base import Base64
@@ -20,6 +19,7 @@ from spakky.plugins.celery.message_templates import (
     to_json,
     to_transport_message,
 )
+from spakky.plugins.celery.text_parts import TextParts
 
 __all__ = ["RedisText"]
 
@@ -32,7 +32,8 @@ _ID, _ROOT, _PARENT, _REPLY_TO, _ARGS, _KWARGS, _IGNORED, _MORE, _BODY, _TAG = _
 _COMMON: Final = (_ROOT, _PARENT, _REPLY_TO, _IGNORED, _MORE)
 """Those that are the same for all messages of a series, in the order of its texts."""
 
-_OWN: Final = (_ID, _ARGS, _KWARGS, _BODY, _TAG)
+_OWN: Final = {_ID: 0, _ROOT: 0, _ARGS: 1, _KWARGS: 2, _BODY: 3, _TAG: 4}
+"""Where those of each message stand in its values; its id is its root where the series has none."""
 
 _COUNTS: Final = {**dict.fromkeys(_VALUES, 1), _ID: 2}
 """How often each is in the text; the id is the correlation id too."""
@@ -41,22 +42,19 @@ _COUNTS: Final = {**dict.fromkeys(_VALUES, 1), _ID: 2}
 class RedisText:
     """What the messages of one template are in a Redis list: text around what differs between two of them."""
 
-    def __init__(self, channel: Any, key: str, texts: list[str], places: list[str]) -> None:
+    def __init__(self, channel: Any, key: str, text: TextParts[str]) -> None:
         """Keep what ``of`` has found.
 
         Args:
             channel: The channel that has written the text.
             key: The list that it goes to.
-            texts: What it is around each value.
-            places: For each value between two of them which one it is.
+            text: What it is around each value.
         """
         self.key = key
-        self._texts = texts
-        self._places = places
+        self._text = text
         self._series: MessageSeries | None = None
-        self._parts: list[str] = []
-        """The text around what differs between messages of that series; empty: kombu must write them."""
-        self._arrange: Callable[[tuple[str, ...]], tuple[str, ...]]
+        self._fill: Callable[[tuple[str, ...]], str] | None = None
+        """Makes the text of a message of that series; None: kombu must write them."""
         self._make_tag: Callable[[], str] = channel._next_delivery_tag  # noqa: SLF001  # kombu's transports are made of such parts
         self._encode_body = _find_encoder(channel)
 
@@ -86,13 +84,13 @@ class RedisText:
         places = [tokens[part] for part in parts[1::2]]
         if any(places.count(place) != count for place, count in _COUNTS.items()):
             return None
-        return cls(channel, key, parts[::2], places)
+        return cls(channel, key, TextParts(parts[::2], places))
 
     def fill(self, message: WireMessage) -> bytes | None:
         """Make the text of one message, with a delivery tag of its own; None where kombu must write it."""
         if message.series is not self._series:
-            self._write_common(message.series)
-        if not self._parts:
+            self._settle(message.series)
+        if self._fill is None:
             return None
         values = (
             f'"{message.task_id}"',
@@ -101,25 +99,15 @@ class RedisText:
             self._encode_body(message.body),
             f'"{self._make_tag()}"',
         )
-        parts = self._parts.copy()
-        parts[1::2] = self._arrange(values)
-        return "".join(parts).encode("ascii")
+        return self._fill(values).encode("ascii")
 
-    def _write_common(self, series: MessageSeries) -> None:
+    def _settle(self, series: MessageSeries) -> None:
         """Write what the messages of a series have in common: most are of the same as the one before."""
-        self._series, self._parts = series, []
+        self._series, self._fill = series, None
         if series.texts is None:
             return
-        common = dict(zip(_COMMON, series.texts, strict=True))
-        parts, places = [self._texts[0]], []
-        for place, text in zip(self._places, self._texts[1:], strict=True):
-            written = common.get(place)
-            if written is None:  # a value of each message; its id where the series has no root
-                places.append(_OWN.index(_ID if place == _ROOT else place))
-                parts += ["", text]
-            else:
-                parts[-1] += written + text
-        self._parts, self._arrange = parts, itemgetter(*places)
+        settled = {name: text for name, text in zip(_COMMON, series.texts, strict=True) if text is not None}
+        self._fill = self._text.settle(settled).to_filler(_OWN)
 
 
 class _Recorder:

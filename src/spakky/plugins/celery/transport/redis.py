@@ -30,6 +30,7 @@ from spakky.plugins.celery.common.batches import batch
 from spakky.plugins.celery.common.broker_url import has_tls_scheme
 from spakky.plugins.celery.common.fresh_ids import make_id
 from spakky.plugins.celery.common.plain_json import loads_json
+from spakky.plugins.celery.common.socket_double import SocketDouble, UnwaitedWrite
 
 __all__ = ["Channel", "Message", "Push", "QoS", "Transport"]
 
@@ -382,18 +383,19 @@ class Channel(stock.Channel):
         connection.send_packed_command(self._pack_prefixed(connection, commands), check_health=False)
         return [self._read_reply(connection) for _ in commands]
 
-    def begin_push(self, commands: list[list[Any]]) -> "Push | None":
+    def begin_push(self, commands: list[list[Any]], double: SocketDouble) -> "Push | None":
         """Same as ``push``, but waits for nothing; None: this connection has no way to that.
 
         Args:
             commands: Such as Redis answers with a number, or an error.
+            double: What they are written to.
         """
         connection = self._pusher
         plain = None if connection is None else connection._sock  # noqa: SLF001  # redis-py shows it in no other way
         if type(plain) is not socket.socket or plain.gettimeout() is None:
             return None  # with TLS a write may have to read, and one that blocks has its double block
         (data,) = self._pack_prefixed(connection, commands)
-        return Push(plain, data, len(commands), connection, self._read_reply)
+        return Push(double.write(plain, data), len(commands), connection, self._read_reply)
 
     def _pack_prefixed(self, connection: Any, commands: list[list[Any]]) -> list[bytes]:
         if self.global_keyprefix:
@@ -755,59 +757,39 @@ class _LostConnectionError(redis.ConnectionError):
 class Push:
     """Commands that are on their way to Redis, and their answers; only ``end`` may wait for Redis."""
 
-    def __init__(
-        self, plain: socket.socket, data: bytes, count: int, connection: Any, read: Callable[[Any], Any]
-    ) -> None:
-        """Write what the socket takes at once.
+    def __init__(self, write: UnwaitedWrite, count: int, connection: Any, read: Callable[[Any], Any]) -> None:
+        """Keep what was begun.
 
         Args:
-            plain: The connection's socket.
-            data: The commands.
+            write: The commands.
             count: How many they are.
             connection: What ``end`` writes the rest to, and reads from.
             read: Reads one answer.
         """
-        # Python waits before it uses a socket that has a timeout. And the number of this one stays its own, whoever
-        # closes the other.
-        self._double = plain.dup()
-        self._double.settimeout(0)
+        self.write = write
         self._count = count
         self._connection = connection
         self._read = read
-        try:
-            self._rest = data[self._double.send(data) :]
-        except OSError:  # no room, or no connection, which ``end`` comes across again
-            self._rest = data
-
-    def fileno(self) -> int:
-        """Number of the socket, for selectors: when it can be read, there are answers, or the connection is lost."""
-        return self._double.fileno()
-
-    @property
-    def is_written(self) -> bool:
-        """Whether nothing is left to write."""
-        return not self._rest
 
     def end_at_once(self) -> list[Any] | None:
         """Give the answers, where all are there and are numbers; None: ``end`` must be called, which may wait."""
         try:
-            answers = self._double.recv(_ANSWERS_BYTES, socket.MSG_PEEK)
+            answers = self.write.double.recv(_ANSWERS_BYTES, socket.MSG_PEEK)
         except OSError:
             return None
         *lines, rest = answers.split(b"\r\n")
         if rest or len(lines) != self._count or any(line[:1] != b":" for line in lines):
             return None
-        self._double.recv(len(answers))
-        self._double.close()
+        self.write.double.recv(len(answers))
         return [int(line[1:]) for line in lines]
 
     def end(self) -> list[Any]:
         """Write what is left, and read the answers, as ``Channel.push`` does."""
-        self._double.close()
+        self.write.end()
         if not self._connection.is_connected:
             raise _LostConnectionError
-        if self._rest:
-            self._connection.send_packed_command([self._rest], check_health=False)
+        if self.write.rest:
+            self._connection.send_packed_command([self.write.rest], check_health=False)
         return [self._read(self._connection) for _ in range(self._count)]
 
 

@@ -5,6 +5,7 @@ with one. In each a thread lets go of the interpreter, and where others are busy
 """
 
 import errno
+import socket
 from struct import Struct
 from struct import error as StructError  # noqa: N812  # its name says too little
 from typing import Any, Final, override
@@ -34,6 +35,8 @@ _METHOD_SIZE: Final = 4
 _FRAMES: Final = 3
 """Of a message."""
 _MOST_PLACES: Final = 256
+_DONT_WAIT: Final = getattr(socket, "MSG_DONTWAIT", 0)
+"""A poll has told that there is something, so that nothing waits where the system cannot be asked."""
 _WOULD_BLOCK: Final = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR})
 
 
@@ -59,7 +62,7 @@ class _Socket(TCPTransport):  # type: ignore[misc]  # the host ships no types
     def read_frame(self, unpack: Any = None) -> tuple[int, int, bytes]:
         while not self.has_frame:
             self.flush()
-            self._receive()
+            self.receive()
         at = self._at
         kind, channel, size = _HEAD.unpack_from(self._received, at)
         end = at + _OVERHEAD + size
@@ -94,9 +97,15 @@ class _Socket(TCPTransport):  # type: ignore[misc]  # the host ships no types
         """Leave out what ``find_content`` has found."""
         self._at = end
 
-    def _receive(self) -> None:
+    def receive(self, flags: int = 0) -> None:
+        """Receive what is there, or wait for something as the socket says.
+
+        Raises:
+            TimeoutError: If nothing has come.
+            OSError: If the connection is lost.
+        """
         try:
-            received = self._quick_recv(_CHUNK)
+            received = self._quick_recv(_CHUNK, flags)
         except TimeoutError:
             raise
         except OSError as error:
@@ -213,6 +222,18 @@ class _Connection(pyamqp.Connection):
                 self._places[encoded] = found
         return found
 
+    def receive(self) -> None:
+        """Receive what is there, and no more.
+
+        Raises:
+            TimeoutError: If there is nothing.
+        """
+        transport = self._transport
+        if isinstance(transport, _Socket):
+            transport.receive(_DONT_WAIT)
+        else:
+            self.blocking_read(timeout=0)
+
     def read_received(self) -> None:
         """Take what was received and not read."""
         transport = self._transport
@@ -248,7 +269,7 @@ class Transport(pyamqp.Transport):
             raise RecoverableConnectionError(message)
         with batch():
             try:
-                connection.blocking_read(timeout=0)
+                connection.receive()
             except TimeoutError:
                 return
             connection.read_received()
