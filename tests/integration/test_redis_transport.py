@@ -672,6 +672,16 @@ def test_a_wait_takes_the_message_that_ends_it(scene: Scene) -> None:
     assert len(taking) == len(waiting) == 3
 
 
+@pytest.mark.parametrize("size", [1, 5_000, 20_000, 2_000_000])
+def test_a_message_of_any_size_ends_a_wait(scene: Scene, size: int) -> None:
+    """Also one that comes in pieces, and one that is larger than what is read at once."""
+    hub, reader, channel = idle_reader(scene, prefetch=400)
+    for text in ("x" * size, "y", "z" * size):
+        scene.put(text)
+        turn(hub, lambda: is_waiting(channel) and reader.texts[-1:] == [text])  # noqa: B023
+    assert reader.texts == ["x" * size, "y", "z" * size]
+
+
 @pytest.mark.parametrize("prefetch", [50, 100, 400])
 def test_what_waits_may_take_counts_against_the_prefetch(scene: Scene, prefetch: int) -> None:
     """Whichever of several queues the messages come to, and however many there are."""

@@ -850,7 +850,7 @@ class _Watch:
     def read_at_once(self) -> list[bytes] | None:
         """Give what the script has answered, where it has taken messages and all is here; None: nothing was read.
 
-        redis-py, which reads everything else, takes a sixth of the time of a message that is waited for.
+        redis-py, which reads everything else, calls a hundred functions for it.
         """
         connection = self.connection
         plain = connection._sock  # noqa: SLF001  # redis-py shows it in no other way
