@@ -200,7 +200,7 @@ def test_a_server_that_takes_no_more(start: Callable[..., Sender]) -> None:
 
 @pytest.mark.parametrize("answer_size", [1, 2])
 def test_an_answer_in_pieces(start: Callable[..., Sender], answer_size: int) -> None:
-    """An answer of which a piece is there is waited for: with Redis by a publishing thread."""
+    """An answer of which a piece is there is waited for by a publishing thread."""
     sender = start()
 
     async def dispatch() -> None:
@@ -210,12 +210,28 @@ def test_an_answer_in_pieces(start: Callable[..., Sender], answer_size: int) -> 
             await sender.write(number)
         await asyncio.gather(*map(sender.write, range(20, 300)))
 
-        if sender.kind == "amqp":
-            with sender.without_publisher():
-                await sender.write(300)
+    asyncio.run(dispatch())
+    assert sender.arrived() == list(range(300))
+
+
+@pytest.mark.parametrize("size", [3, 8, 12])
+def test_an_answer_of_which_the_rest_does_not_come(start: Callable[..., Sender], size: int) -> None:
+    """The loop turns on, wherever the answer was cut."""
+    sender = start()
+    if sender.kind == "redis":
+        size = min(size, 3)  # it has four bytes
+
+    async def dispatch() -> None:
+        await sender.write(0)
+        sender.proxy.answer_size, sender.proxy.pieces_left = size, 1
+        call = asyncio.ensure_future(sender.write(1))
+        await turn_until(lambda: sender.lane._queued)
+        assert not call.done()
+        sender.proxy.passes_answers.set()
+        await call
 
     asyncio.run(dispatch())
-    assert sender.arrived()[:300] == list(range(300))
+    assert sender.arrived() == [0, 1]
 
 
 def test_a_late_answer(start: Callable[..., Sender]) -> None:
@@ -447,14 +463,20 @@ def test_a_batch_that_cannot_be_begun(start: Callable[..., Sender], monkeypatch:
 
 @pytest.mark.parametrize("start", ["amqp"], indirect=True)
 def test_a_channel_that_rabbitmq_closes(start: Callable[..., Sender]) -> None:
-    """What was written over it is sent again over another."""
-    sender = start()
+    """What was written over it is sent again over another; the loop turns on while that is opened."""
+    sender = start(task_default_exchange_type="topic")
 
     async def dispatch() -> None:
         await sender.write(0)
         with Connection(AMQP_URL) as connection:
             connection.default_channel.exchange_delete(sender.queue)
-        await asyncio.gather(*map(sender.write, range(1, 20)))
+        sender.proxy.pieces_left = 1
+        calls = asyncio.gather(*map(sender.write, range(1, 20)))
+        await turn_until(lambda: sender.lane._queued)
+        await turn_until(lambda: not sender.proxy.passes_answers.is_set())
+        await asyncio.sleep(0.05)
+        sender.proxy.passes_answers.set()
+        await calls
         await sender.write(20)
 
     asyncio.run(dispatch())

@@ -827,6 +827,17 @@ def test_messages_that_come_to_several_queues_in_one_moment(scene: Scene, order:
     assert channel.rest_s == channel._misses == 0
 
 
+def test_an_answer_that_is_overdue_and_comes_then(scene: Scene) -> None:
+    """Who looks whether it is there leaves it where the hub finds it."""
+    hub, reader, channel = idle_reader(scene, prefetch=400)
+    for watch in channel._watches.values():
+        watch.sent_at -= 1000
+    scene.put("late")
+    wait_until(lambda: scene.count("unacked") == 1)
+    channel.drop_overdue_watches()
+    turn(hub, lambda: reader.texts == ["late"])
+
+
 def test_a_crowd_that_waits_is_not_woken_by_each_message(scene: Scene) -> None:
     """Who took the last message waits for the next; others rest longer each time, and take over when it is busy."""
     stop = threading.Event()

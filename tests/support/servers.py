@@ -64,6 +64,8 @@ class CuttableProxy:
         """Cleared: it passes no answer on."""
         self.answer_size = 65536
         """How many bytes of an answer it passes on at a time."""
+        self.pieces_left = 0
+        """After how many more of these ``passes_answers`` is cleared; 0: never."""
         self._room = room
         self.takes_requests.set()
         self.passes_answers.set()
@@ -115,6 +117,9 @@ class CuttableProxy:
                 for begin in range(0, len(data), self.answer_size):
                     self.passes_answers.wait()
                     client.sendall(data[begin : begin + self.answer_size])
+                    self.pieces_left -= 1
+                    if self.pieces_left == 0:
+                        self.passes_answers.clear()
         with suppress(OSError):
             client.shutdown(socket.SHUT_RDWR)
 

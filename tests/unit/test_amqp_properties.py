@@ -6,7 +6,6 @@ from decimal import Decimal
 from struct import pack
 from typing import Any
 
-import pytest
 from amqp.basic_message import Message
 from amqp.serialization import decode_properties_basic
 from hypothesis import given
@@ -137,16 +136,37 @@ def test_each_message_has_its_own() -> None:
         assert reader.read(content) == before
 
 
-def test_a_few_shapes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last ones; and who sends ever new ones has only so many learned."""
-    monkeypatch.setattr(amqp_properties, "_MOST_LEARNED", 20)
+def odd(number: int) -> bytes:
+    """Make one with a number of its own among its headers."""
+    return content_of(TASK | {"application_headers": {"sent_at": float(number), "text": "x"}})
+
+
+def test_a_few_shapes_are_kept() -> None:
+    """Those that are of use: ever new ones take the place of each other."""
     reader = PropertyReader()
-    for number in range(30):
-        content = content_of(TASK | {"application_headers": {f"name{number}": "text"}})
-        for _ in range(2):
-            assert reader.read(content) == read_as_py_amqp(content)
+    common = [content_of(TASK | {"application_headers": {f"name{number}": "text"}}) for number in range(3)]
+    for content in common * 2:
+        reader.read(content)
+    for number in range(100):
+        assert reader.read(odd(number)) == read_as_py_amqp(odd(number))
+        assert reader.read(common[number % 3]) == read_as_py_amqp(common[number % 3])
     assert len(reader._shapes) == amqp_properties._MOST_SHAPES
-    assert reader._shapes[0].texts[0].name == "name19"
+    assert {shape.texts[0].name for shape in reader._shapes[:3]} == {"name0", "name1", "name2"}
+
+
+def test_a_producer_whose_messages_are_all_odd() -> None:
+    """Is read item by item soon; another one, known before or not, is known again after some messages."""
+    reader = PropertyReader()
+    contents = [content_of(TASK), content_of(TASK | {"application_headers": {"other": "text"}})]
+    for _ in range(2):
+        reader.read(contents[0])
+    for content, numbers in zip(contents, (range(1000), range(1000, 2000)), strict=True):
+        for number in numbers:
+            assert reader.read(odd(number)) == read_as_py_amqp(odd(number))
+        assert reader._misses_in_a_row == 1000
+        for _ in range(3 * amqp_properties._SOME):
+            assert reader.read(content) == read_as_py_amqp(content)
+        assert reader._misses_in_a_row == 0
 
 
 def test_two_producers_in_turn() -> None:
@@ -156,7 +176,18 @@ def test_two_producers_in_turn() -> None:
     for number in range(6):
         reader.read(contents[number % 2])
         assert len(reader._shapes) == min(number + 1, 2)
-        assert reader._shapes[0].read(contents[number % 2]) is not None
+        assert number < 2 or reader._shapes[0].read(contents[number % 2]) is not None
+
+
+def test_a_name_that_occurs_twice() -> None:
+    """Its last value counts, of whatever type."""
+    tables = [b"\x01aS\0\0\0\x01x" + b"\x01a" + value for value in (b"S\0\0\0\x01y", b"V", b"A\0\0\0\0", b"F\0\0\0\0")]
+    tables += [table[7:] + table[:7] for table in tables]
+    for table in tables:
+        reader = PropertyReader()
+        content = pack(">HHQHI", 60, 0, 5, 0x2000, len(table)) + table
+        for _ in range(2):
+            assert show(read(reader, content)) == show(read_as_py_amqp(content))
 
 
 def test_times_with_a_zone() -> None:

@@ -11,8 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import suppress
 from itertools import batched
+from struct import pack
 from typing import Any, Final, override
 
+from amqp import spec
 from amqp.channel import Channel as AmqpChannel
 from amqp.exceptions import MessageNacked, RecoverableConnectionError
 from amqp.transport import TCPTransport
@@ -38,6 +40,18 @@ _COLLECT_S: Final = 1.0
 
 _CAN_ASK_NOT_TO_WAIT: Final = hasattr(socket, "MSG_DONTWAIT")
 """Whether py-amqp's sockets, which have no timeout, can be written to without waiting."""
+
+_CONFIRMS_BYTES: Final = 4096
+"""Confirms of many more messages than an event loop begins to send at once."""
+
+_SIZE_AT, _PAYLOAD_AT, _METHOD_END = 3, 7, 11
+"""Where the size of an AMQP frame stands in it, its payload, and what comes after the number of a method in that."""
+_METHOD_FRAME: Final = 1
+_HEARTBEAT_FRAME: Final = 8
+_CONFIRMS: Final = {pack(">HH", *method) for method in (spec.Basic.Ack, spec.Basic.Nack)}
+
+_MOST_KNOWN: Final = 4096
+"""Templates that a link remembers: as many as an application has at a time."""
 
 _CONFIRM_SLICE_S: Final = 0.001
 
@@ -67,6 +81,8 @@ class BrokerLink:
 
     def get_ready_for(self, template: MessageTemplate) -> None:
         """Open the connection, and declare what a message needs; blocks."""
+        if len(self._declared) >= _MOST_KNOWN:
+            self._declared.clear()
         policy = template.retry_policy
         for entity in template.declare:
             self.producer.maybe_declare(entity, retry=policy is not None, **(policy or {}))
@@ -362,6 +378,8 @@ class AmqpLink(BrokerLink):
 
     def _find_text(self, template: MessageTemplate) -> AmqpText | None:
         if template not in self._texts:
+            if len(self._texts) >= _MOST_KNOWN:
+                self._texts.clear()
             self._texts[template] = AmqpText.of(self._channel, template)
         return self._texts[template]
 
@@ -392,17 +410,38 @@ class AmqpLink(BrokerLink):
         self._wait_for_confirms(deadline)
 
     def take_confirms(self) -> bool:
-        """Read what has come, and tell whether all is confirmed; waits for nothing.
+        """Read what has come, if that is confirms, and tell whether all is confirmed; waits for nothing.
 
         Raises:
-            Exception: As ``send`` does.
+            _NotConfirmsError: If something else has come, or a part of something. To read it py-amqp may wait: for the
+                rest, or, where RabbitMQ has closed the channel, for another one.
         """
+        connection = self._channel.connection
+        for _ in range(self._count_frames(connection.transport)):
+            connection.blocking_read(timeout=0)
+        return not self._unconfirmed
+
+    @staticmethod
+    def _count_frames(transport: Any) -> int:
+        """Count the frames that have come, which are whole, and confirms or heartbeats."""
         try:
-            while self._unconfirmed:
-                self._channel.connection.blocking_read(timeout=0)
-        except TimeoutError:
-            return False
-        return True
+            peeked = transport.sock.recv(_CONFIRMS_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            raise _NotConfirmsError from None
+        frames = transport._read_buffer + peeked  # noqa: SLF001  # what py-amqp has of a frame that it was to read at once
+        count = at = 0
+        while at < len(frames):
+            kind, size = frames[at], int.from_bytes(frames[at + _SIZE_AT : at + _PAYLOAD_AT])
+            method = frames[at + _PAYLOAD_AT : at + _METHOD_END]
+            at += _PAYLOAD_AT + size + 1
+            if at > len(frames) or (kind != _HEARTBEAT_FRAME and (kind != _METHOD_FRAME or method not in _CONFIRMS)):
+                raise _NotConfirmsError
+            count += 1
+        if not peeked:
+            raise _NotConfirmsError
+        return count
 
     def _wait_for_confirms(self, deadline: float) -> None:
         while self._unconfirmed:
@@ -425,27 +464,29 @@ class _AmqpTransfer(Transfer):
     def __init__(self, write: UnwaitedWrite, batch: Batch, link: AmqpLink) -> None:
         super().__init__(write, batch)
         self._link = link
-        self._error: Exception | None = None
+        self._is_open = True
 
     @override
     def end_at_once(self) -> bool:
         try:
             return self._link.take_confirms()
-        except Exception as error:  # noqa: BLE001  # ``end`` raises it
-            self._error = error
+        except Exception:  # noqa: BLE001  # ``end`` comes across it again
+            self._is_open = False
             return False
 
     @property
     @override
     def is_open(self) -> bool:
-        return self._error is None
+        return self._is_open
 
     @override
     def end(self) -> None:
         self.write.end()
-        if self._error is not None:
-            raise self._error
         self._link.end(self.write.rest, self._batch.deadline)
+
+
+class _NotConfirmsError(Exception):
+    """Something has come that is not for a thread which must not wait."""
 
 
 def make_link(connection: Connection) -> BrokerLink:

@@ -7,6 +7,7 @@ workers, clients and tools share the queues with it: ``_TAKE`` writes what kombu
 
 import hashlib
 import logging
+import selectors
 import socket
 import sys
 import time
@@ -575,7 +576,8 @@ class Channel(stock.Channel):
     def end_watch(self, watch: "_Watch") -> None:
         """Read the answer of a watch, and of the script that may have followed it."""
         lists, limit = watch.end()
-        found, answer = self._read_watch(watch, limit)
+        taken_now = watch.read_at_once() if limit else None
+        found, answer = self._read_watch(watch, limit) if taken_now is None else (True, taken_now)
         is_woken = found is not None
         if isinstance(found, Exception):
             is_woken = False
@@ -604,14 +606,8 @@ class Channel(stock.Channel):
         self._is_drained = False
 
     def _read_watch(self, watch: "_Watch", limit: int) -> tuple[Any, Any]:
-        """Give what Redis says to the wait, of which only matters what it is not, and to the script, if one followed.
-
-        Errors are given as they are.
-        """
+        """Give what Redis says to the wait, and to the script, if one followed: errors as they are."""
         connection = watch.connection
-        answer = watch.read_at_once() if limit else None
-        if answer is not None:
-            return True, answer
         try:
             found = self._read_reply(connection)
             return found, self._read_reply(connection) if limit else None
@@ -630,7 +626,7 @@ class Channel(stock.Channel):
             if not self.brpop_timeout or not self.health_check_interval or watch.sent_at is None:
                 continue
             waited_s = time.monotonic() - watch.sent_at
-            if waited_s > self.brpop_timeout + self.health_check_interval and not watch.connection.can_read(timeout=0):
+            if waited_s > self.brpop_timeout + self.health_check_interval and not watch.is_readable:
                 logger.warning("Redis got no reply for %.0f seconds; its connection is dropped", waited_s)
                 watch.connection.disconnect()
 
@@ -846,6 +842,16 @@ class _Watch:
         limit, self.limit, self.sent_at = self.limit, 0, None
         self._channel.promised -= limit
         return self._lists, limit
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether something has come. redis-py reads it to find out, and no poll tells of it then."""
+        plain = self.connection._sock  # noqa: SLF001  # redis-py shows it in no other way
+        if plain is None:
+            return False
+        with selectors.DefaultSelector() as selector:
+            selector.register(plain, selectors.EVENT_READ)
+            return bool(selector.select(0))
 
     def read_at_once(self) -> list[bytes] | None:
         """Give what the script has answered, where it has taken messages and all is here; None: nothing was read.

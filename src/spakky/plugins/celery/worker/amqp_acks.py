@@ -5,7 +5,8 @@ from 1 on, whoever they are for.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Final, override
+from threading import get_ident
+from typing import Any, override
 
 from amqp import spec
 from kombu.transport import pyamqp
@@ -13,9 +14,6 @@ from kombu.transport import pyamqp
 from spakky.plugins.celery.common.batches import at_batch_end, batch
 
 __all__ = ["Channel"]
-
-_ALL: Final = 0
-"""As a tag: all that there are."""
 
 
 class Channel(pyamqp.Channel):
@@ -28,6 +26,7 @@ class Channel(pyamqp.Channel):
     def _forget(self) -> None:
         self._settled = _Settled()
         self._acks: list[int] = []
+        self._thread = 0
 
     @override
     def open(self) -> Any:
@@ -37,12 +36,15 @@ class Channel(pyamqp.Channel):
 
     @override
     def basic_ack(self, delivery_tag: int, multiple: bool = False, argsig: str = "Lb") -> Any:
-        if not multiple and delivery_tag != _ALL and at_batch_end(self.send_acks):
+        if multiple:
+            self.send_acks()
+            return super().basic_ack(delivery_tag, multiple, argsig)
+        if at_batch_end(self.send_acks):
             self._acks.append(delivery_tag)
+            self._thread = get_ident()
             return None
         sent = super().basic_ack(delivery_tag, multiple, argsig)
-        if not multiple:
-            self._settled.add(delivery_tag, delivery_tag)
+        self._settled.add(delivery_tag, delivery_tag)
         return sent
 
     @override
@@ -53,12 +55,14 @@ class Channel(pyamqp.Channel):
 
     @override
     def send_method(self, sig: tuple[int, int], *args: Any, **options: Any) -> Any:
-        if self._acks and sig != spec.Basic.Ack:  # the channel may be closed by it
+        if sig != spec.Basic.Ack:  # the channel may be closed by it
             self.send_acks()
         return super().send_method(sig, *args, **options)
 
     def send_acks(self) -> None:
-        """Send the acknowledgements that wait for the end of a batch."""
+        """Send the acknowledgements that wait for the end of this thread's batch."""
+        if not self._acks or self._thread != get_ident():
+            return
         acks, self._acks = self._acks, []
         if self.connection is None:
             return  # it was lost, and what was not acknowledged is delivered again
@@ -73,7 +77,10 @@ class Channel(pyamqp.Channel):
 
 
 class _Settled:
-    """Tags that were acknowledged or rejected, as ranges: there is one more than messages that are open, at most."""
+    """Tags that were acknowledged or rejected, as ranges: there is one more than messages that are open, at most.
+
+    Where two threads add at once, one can be forgotten: then it is taken to be open.
+    """
 
     def __init__(self) -> None:
         self._last_by_first = {0: 0}

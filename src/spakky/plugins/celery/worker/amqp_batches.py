@@ -162,10 +162,22 @@ class _Connection(pyamqp.Connection):
 
     @override
     def close(self, *args: Any, **options: Any) -> Any:
-        for channel in (self.channels or {}).values():
+        try:
+            self._send_acks()
+        finally:
+            super().close(*args, **options)
+
+    @override
+    def blocking_read(self, timeout: float | None = None) -> Any:
+        transport = self._transport
+        if not isinstance(transport, _Socket) or not transport.has_frame:
+            self._send_acks()  # what is waited for may come after them
+        return super().blocking_read(timeout)
+
+    def _send_acks(self) -> None:
+        for channel in list((self.channels or {}).values()):
             if isinstance(channel, Channel):
                 channel.send_acks()
-        return super().close(*args, **options)
 
     def take_message(self, number: int, method: bytes) -> bool:
         """Give a message to whom it is for, as py-amqp does when it has handled three frames.

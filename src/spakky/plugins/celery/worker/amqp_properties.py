@@ -16,7 +16,10 @@ PROPERTIES_AT: Final = 12
 
 _MOST_SHAPES: Final = 8
 _MOST_LEARNED: Final = 256
-"""Of more than these each message is read item by item: who sends them may choose names and numbers at will."""
+"""After so many misses shapes are learned of some messages only: senders may choose names and numbers at will."""
+
+_SOME: Final = 64
+"""One in so many messages. After as many misses in a row no more have shapes tried, which takes its time, too."""
 
 _TEXT: Final = ord("S")
 _FIXED_SIZES: Final = {
@@ -49,7 +52,10 @@ class PropertyReader:
 
     def __init__(self) -> None:
         self._shapes: list[_Shape] = []
-        self._learned = 0
+        """Those that were of use last first."""
+        self._misses = 0
+        """How many messages no shape was found for."""
+        self._misses_in_a_row = 0
 
     def read(self, content: bytes) -> dict[str, Any]:
         """Read those of the header of a content.
@@ -57,24 +63,26 @@ class PropertyReader:
         Raises:
             Exception: What py-amqp does, of any type, for those that it cannot read.
         """
-        for place, shape in enumerate(self._shapes):
-            found = shape.read(content)
-            if found is not None:
-                if place:
-                    self._shapes.insert(0, self._shapes.pop(place))
-                return found
+        if self._misses_in_a_row < _SOME or self._misses_in_a_row % _SOME == 0:
+            for place, shape in enumerate(self._shapes):
+                found = shape.read(content)
+                if found is not None:
+                    if place:
+                        self._shapes.insert(0, self._shapes.pop(place))
+                    self._misses_in_a_row = 0
+                    return found
+        self._misses += 1
+        self._misses_in_a_row += 1
         properties: dict[str, Any] = decode_properties_basic(content, PROPERTIES_AT)[0]
         self._learn(content, properties)
         return properties
 
     def _learn(self, content: bytes, properties: dict[str, Any]) -> None:
-        if self._learned >= _MOST_LEARNED:
+        if self._misses > _MOST_LEARNED and self._misses % _SOME:
             return
-        self._learned += 1
         shape = _Shape.of(content, properties)
         if shape is not None:
-            self._shapes.insert(0, shape)
-            del self._shapes[_MOST_SHAPES:]
+            self._shapes[_MOST_SHAPES - 1 :] = [shape]
 
 
 class _Text(NamedTuple):
@@ -166,6 +174,8 @@ class _Walk:
                 self._at += 1 + self._content[self._at]
         begin = self._cut()
         texts = self._walk_table()
+        if any(text.name in containers for text in texts):
+            return None  # of a name that occurs twice the last value counts
         table_end = self._cut()
         short_texts = []
         for flag in sorted(_SIZES_OF_FLAGS | _NAMES_OF_FLAGS, reverse=True):
