@@ -116,10 +116,10 @@ class CuttableProxy:
             while data := server.recv(65536):
                 for begin in range(0, len(data), self.answer_size):
                     self.passes_answers.wait()
-                    client.sendall(data[begin : begin + self.answer_size])
                     self.pieces_left -= 1
-                    if self.pieces_left == 0:
+                    if self.pieces_left == 0:  # before it is passed: who gets it may set this again at once
                         self.passes_answers.clear()
+                    client.sendall(data[begin : begin + self.answer_size])
         with suppress(OSError):
             client.shutdown(socket.SHUT_RDWR)
 
