@@ -78,6 +78,7 @@ WORKER_LIFE = {
 VALUES = {
     "codec",
     "common",
+    "common.amqp_frame",
     "common.annotation_joins",
     "common.batches",
     "common.broker_url",

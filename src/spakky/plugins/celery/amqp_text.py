@@ -16,6 +16,14 @@ from amqp.exceptions import FrameSyntaxError
 from amqp.method_framing import frame_writer
 from amqp.serialization import dumps
 
+from spakky.plugins.celery.common.amqp_frame import (
+    BODY_FRAME,
+    FRAME_END,
+    FRAME_HEAD,
+    HEADER_FRAME,
+    METHOD_FRAME,
+    METHOD_SIZE,
+)
 from spakky.plugins.celery.message_templates import (
     IGNORE_RESULT,
     MessageSeries,
@@ -37,16 +45,9 @@ _ID, _ROOT, _PARENT, _REPLY_TO, _ARGS, _KWARGS, _IGNORED, _MORE = (
 _CORRELATION: Final = "correlation"
 """The id again, as AMQP's own property."""
 
-_FRAME: Final = Struct(">BHI")
-_FRAME_END: Final = b"\xce"
-_METHOD_FRAME: Final = 1
-_HEADER_FRAME: Final = 2
-_BODY_FRAME: Final = 3
 _CONTENT: Final = Struct(">HHQ")
 _SIZE: Final = Struct(">I")
 _SHORT_SIZE: Final = Struct("B")
-_SIGNATURE_SIZE: Final = 4
-"""Of a method: its class, and which of that."""
 
 
 class AmqpText:
@@ -65,7 +66,7 @@ class AmqpText:
             end: What is after it.
         """
         self._number = channel.channel_id
-        self._most = channel.connection.frame_max - _FRAME.size - 1
+        self._most = channel.connection.frame_max - FRAME_HEAD.size - 1
         self._method = method
         self._begin = begin
         self._table = table
@@ -87,11 +88,11 @@ class AmqpText:
         arguments = dumps(PUBLISH_ARGUMENTS, (0, template.exchange, template.routing_key, False, False))
         recorder = _Recorder()
         frame_writer(channel.connection, recorder)(
-            _METHOD_FRAME, channel.channel_id, spec.Basic.Publish, arguments, prepared
+            METHOD_FRAME, channel.channel_id, spec.Basic.Publish, arguments, prepared
         )
         before, found, after = recorder.written.partition(table)
-        begin = _FRAME.size + len(arguments) + _SIGNATURE_SIZE + 1
-        content_begin = begin + _FRAME.size + _CONTENT.size
+        begin = FRAME_HEAD.size + len(arguments) + METHOD_SIZE + 1
+        content_begin = begin + FRAME_HEAD.size + _CONTENT.size
         tokens = {_to_item(value): value for value in (_ID, _ROOT, _PARENT, _ARGS, _KWARGS, _IGNORED)}
         inner = _split(table[_SIZE.size :], tokens | {dumps("s", [_MORE]) + _to_item(_MORE): _MORE})
         end = _split(after[:-1], {dumps("s", [_ID]): _CORRELATION, dumps("s", [_REPLY_TO]): _REPLY_TO})
@@ -119,16 +120,16 @@ class AmqpText:
         return b"".join(
             (
                 self._method,
-                _FRAME.pack(_HEADER_FRAME, self._number, size),
+                FRAME_HEAD.pack(HEADER_FRAME, self._number, size),
                 _CONTENT.pack(Message.CLASS_ID, 0, len(body)),
                 self._begin,
                 _SIZE.pack(len(table)),
                 table,
                 end,
-                _FRAME_END,
-                _FRAME.pack(_BODY_FRAME, self._number, len(body)),
+                FRAME_END,
+                FRAME_HEAD.pack(BODY_FRAME, self._number, len(body)),
                 body,
-                _FRAME_END,
+                FRAME_END,
             )
         )
 

@@ -23,6 +23,13 @@ from kombu.messaging import Producer
 
 from spakky.plugins.celery.amqp_text import AmqpText
 from spakky.plugins.celery.batch import Batch
+from spakky.plugins.celery.common.amqp_frame import (
+    FRAME_END,
+    FRAME_HEAD,
+    HEARTBEAT_FRAME,
+    METHOD_FRAME,
+    METHOD_SIZE,
+)
 from spakky.plugins.celery.common.socket_double import SocketDouble, UnwaitedWrite
 from spakky.plugins.celery.message_templates import MessageTemplate, WireMessage, to_transport_message
 from spakky.plugins.celery.redis_text import RedisText
@@ -44,10 +51,6 @@ _CAN_ASK_NOT_TO_WAIT: Final = hasattr(socket, "MSG_DONTWAIT")
 _CONFIRMS_BYTES: Final = 4096
 """Confirms of many more messages than an event loop begins to send at once."""
 
-_SIZE_AT, _PAYLOAD_AT, _METHOD_END = 3, 7, 11
-"""Where the size of an AMQP frame stands in it, its payload, and what comes after the number of a method in that."""
-_METHOD_FRAME: Final = 1
-_HEARTBEAT_FRAME: Final = 8
 _CONFIRMS: Final = {pack(">HH", *method) for method in (spec.Basic.Ack, spec.Basic.Nack)}
 
 _MOST_KNOWN: Final = 4096
@@ -327,8 +330,7 @@ class AmqpLink(BrokerLink):
         joined: dict[int, bytes] = {}
         size = 0
         for place, message in messages:
-            text = self._find_text(message.template)
-            frames = None if text is None else text.fill(message)
+            frames = self._fill(message)
             if frames is None:
                 self._write(batch, joined)
                 self._publish(batch, place, message)
@@ -376,12 +378,15 @@ class AmqpLink(BrokerLink):
         else:
             batch.note_sent(place)
 
-    def _find_text(self, template: MessageTemplate) -> AmqpText | None:
+    def _fill(self, message: WireMessage) -> bytes | None:
+        """Make the frames of a message; None where py-amqp must write it."""
+        template = message.template
         if template not in self._texts:
             if len(self._texts) >= _MOST_KNOWN:
                 self._texts.clear()
             self._texts[template] = AmqpText.of(self._channel, template)
-        return self._texts[template]
+        text = self._texts[template]
+        return None if text is None else text.fill(message)
 
     @override
     def begin(self, batch: Batch) -> Transfer | None:
@@ -390,8 +395,7 @@ class AmqpLink(BrokerLink):
             return None  # without confirms there is no answer to look for, and with TLS a write may have to read
         joined = []
         for message in batch.unsent.values():
-            text = self._find_text(message.template)
-            frames = None if text is None else text.fill(message)
+            frames = self._fill(message)
             if frames is None:
                 return None
             joined.append(frames)
@@ -433,10 +437,13 @@ class AmqpLink(BrokerLink):
         frames = transport._read_buffer + peeked  # noqa: SLF001  # what py-amqp has of a frame that it was to read at once
         count = at = 0
         while at < len(frames):
-            kind, size = frames[at], int.from_bytes(frames[at + _SIZE_AT : at + _PAYLOAD_AT])
-            method = frames[at + _PAYLOAD_AT : at + _METHOD_END]
-            at += _PAYLOAD_AT + size + 1
-            if at > len(frames) or (kind != _HEARTBEAT_FRAME and (kind != _METHOD_FRAME or method not in _CONFIRMS)):
+            payload_at = at + FRAME_HEAD.size
+            if payload_at > len(frames):
+                raise _NotConfirmsError
+            kind, _, size = FRAME_HEAD.unpack_from(frames, at)
+            method = frames[payload_at : payload_at + METHOD_SIZE]
+            at = payload_at + size + len(FRAME_END)
+            if at > len(frames) or (kind != HEARTBEAT_FRAME and (kind != METHOD_FRAME or method not in _CONFIRMS)):
                 raise _NotConfirmsError
             count += 1
         if not peeked:

@@ -16,6 +16,7 @@ from amqp.serialization import loads
 from amqp.transport import TCPTransport
 from kombu.transport import pyamqp
 
+from spakky.plugins.celery.common.amqp_frame import BODY_FRAME, FRAME_END, FRAME_HEAD, HEADER_FRAME, METHOD_SIZE
 from spakky.plugins.celery.common.batches import at_batch_end, batch
 from spakky.plugins.celery.worker.amqp_acks import Channel
 from spakky.plugins.celery.worker.amqp_properties import PropertyReader
@@ -24,14 +25,10 @@ __all__ = ["Transport"]
 
 _CHUNK: Final = 64 * 1024
 """Most bytes that are read at once: a worker's loop does nothing else while it accepts what is in them."""
-_HEAD: Final = Struct(">BHI")
-_END: Final = 0xCE
-_OVERHEAD: Final = _HEAD.size + 1
-_HEADER_FRAME: Final = 2
-_BODY_FRAME: Final = 3
+_END: Final = FRAME_END[0]
+_OVERHEAD: Final = FRAME_HEAD.size + len(FRAME_END)
 _CONTENT_HEAD: Final = Struct(">HxxQ")
 _DELIVERED: Final = Struct(">Q?")
-_METHOD_SIZE: Final = 4
 _FRAMES: Final = 3
 """Of a message."""
 _MOST_PLACES: Final = 256
@@ -56,7 +53,7 @@ class _Socket(TCPTransport):  # type: ignore[misc]  # the host ships no types
     def has_frame(self) -> bool:
         """Whether a whole frame was received and not read."""
         rest = len(self._received) - self._at
-        return rest >= _OVERHEAD and rest >= _OVERHEAD + _HEAD.unpack_from(self._received, self._at)[2]
+        return rest >= _OVERHEAD and rest >= _OVERHEAD + FRAME_HEAD.unpack_from(self._received, self._at)[2]
 
     @override
     def read_frame(self, unpack: Any = None) -> tuple[int, int, bytes]:
@@ -64,27 +61,27 @@ class _Socket(TCPTransport):  # type: ignore[misc]  # the host ships no types
             self.flush()
             self.receive()
         at = self._at
-        kind, channel, size = _HEAD.unpack_from(self._received, at)
+        kind, channel, size = FRAME_HEAD.unpack_from(self._received, at)
         end = at + _OVERHEAD + size
         self._at = end
         if self._received[end - 1] != _END:
             message = f"Received frame_end {self._received[end - 1]:#04x} while expecting 0xce"
             raise UnexpectedFrame(message)
-        return kind, channel, self._received[at + _HEAD.size : end - 1]
+        return kind, channel, self._received[at + FRAME_HEAD.size : end - 1]
 
     def find_content(self, channel: int) -> tuple[bytes, bytes, int] | None:
         """Give header and body of a message, and where they end, if they come next and are here, in a frame each."""
         received = self._received
-        header_at = self._at + _HEAD.size
+        header_at = self._at + FRAME_HEAD.size
         try:
-            kind, header_channel, size = _HEAD.unpack_from(received, self._at)
+            kind, header_channel, size = FRAME_HEAD.unpack_from(received, self._at)
             header_end = header_at + size
             body_at = header_end + _OVERHEAD
-            body_kind, body_channel, body_size = _HEAD.unpack_from(received, header_end + 1)
+            body_kind, body_channel, body_size = FRAME_HEAD.unpack_from(received, header_end + 1)
             end = body_at + body_size
             is_one = (
-                kind == _HEADER_FRAME
-                and body_kind == _BODY_FRAME
+                kind == HEADER_FRAME
+                and body_kind == BODY_FRAME
                 and channel == header_channel == body_channel
                 and received[header_end] == received[end] == _END
                 and _CONTENT_HEAD.unpack_from(received, header_at) == (Message.CLASS_ID, body_size)
@@ -196,8 +193,8 @@ class _Connection(pyamqp.Connection):
         if content is None:
             return False
         header, body, end = content
-        tag_at = _METHOD_SIZE + 1
-        tag_end = tag_at + method[_METHOD_SIZE]
+        tag_at = METHOD_SIZE + 1
+        tag_end = tag_at + method[METHOD_SIZE]
         consumer_tag = method[tag_at:tag_end].decode()
         give = channel.callbacks.get(consumer_tag)
         if give is None:

@@ -12,6 +12,7 @@ from typing import Any, Final
 from amqp.method_framing import frame_handler
 from amqp.spec import Basic
 
+from spakky.plugins.celery.common.amqp_frame import HEADER_FRAME, METHOD_FRAME
 from spakky.plugins.celery.worker.amqp_properties import PROPERTIES_AT
 
 __all__ = ["UNREADABLE_PROPERTIES", "read_frames"]
@@ -19,8 +20,6 @@ __all__ = ["UNREADABLE_PROPERTIES", "read_frames"]
 UNREADABLE_PROPERTIES: Final = "application/x-unreadable-properties"
 """Content type of such a message, which no decoder takes."""
 
-_METHOD_FRAME: Final = 1
-_HEADER_FRAME: Final = 2
 _DELIVER: Final = pack(">HH", *Basic.Deliver)
 _CONTENT_TYPE_ALONE: Final = 0x8000
 _PROPERTIES: Final = pack(
@@ -53,7 +52,7 @@ class _FrameReader:
 
         def read(frame: tuple[int, int, bytes]) -> object:
             kind, channel, content = frame
-            if kind == _METHOD_FRAME and content.startswith(_DELIVER) and channel not in begun:
+            if kind == METHOD_FRAME and content.startswith(_DELIVER) and channel not in begun:
                 if take(channel, content):
                     return True
                 begun.add(channel)
@@ -61,7 +60,7 @@ class _FrameReader:
             try:
                 is_whole = handle(frame)
             except Exception:
-                if kind != _HEADER_FRAME or delivered != before:  # who was given a message has raised it
+                if kind != HEADER_FRAME or delivered != before:  # who was given a message has raised it
                     raise
                 is_whole = handle((kind, channel, bytes(content[:PROPERTIES_AT]) + _PROPERTIES))
             if is_whole:
